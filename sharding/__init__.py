@@ -1,0 +1,1 @@
+"""Meshes, rules and placement of OPT parameters over many devices."""

@@ -1,0 +1,45 @@
+"""What every test file may ask for."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any test imports the libraries that read them: no telemetry, no fork warnings from the tokenizer's threads.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Corpora, the real tokenizer and known answers, which stand beside the checkout and are not part of it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the shared data is not here: no folder {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _skip_what_is_absent(request: pytest.FixtureRequest) -> None:
+    """Markers that name a need skip the test where that need is not met, and say so."""
+    if request.node.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() not in ("gpu", "tpu"):
+            pytest.skip(f"no accelerator: jax's backend is {jax.default_backend()!r}")
+    if request.node.get_closest_marker("real_weights") and "OPTJAX_CHECKPOINTS" not in os.environ:
+        pytest.skip("OPTJAX_CHECKPOINTS does not name a folder with Meta's checkpoints")
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> Path:
+    """Meta's real checkpoints, one folder per size (`opt-125m/`, `opt-350m/`, …), for tests marked `real_weights`."""
+    return Path(os.environ["OPTJAX_CHECKPOINTS"])
