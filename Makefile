@@ -21,7 +21,7 @@ test: $(TEST)
 lint: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	VENV=$(VENV) .ci/typecheck
+	VENV="$(VENV)" .ci/typecheck
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
