@@ -1,4 +1,4 @@
-"""Run by .ci/wheel outside the checkout, in a venv that holds the built wheel: is everything there, and nothing else?"""
+"""Run by .ci/wheel outside the checkout, in a venv that holds the built wheel: is it all there, and nothing else?"""
 
 import sys
 import tarfile
@@ -11,7 +11,9 @@ dist = Path(sys.argv[1])
 
 names = zipfile.ZipFile(wheel).namelist()
 tops = {name.split("/")[0] for name in names}
-assert all(top == "optjax" or top.endswith(".dist-info") for top in tops), f"the wheel installs more than optjax: {tops}"
+assert all(top == "optjax" or top.endswith(".dist-info") for top in tops), (
+    f"the wheel installs more than optjax: {tops}"
+)
 for expected in ("optjax/py.typed", "optjax/sharding/__init__.py", "optjax/train/__init__.py"):
     assert expected in names, f"{expected} is not in the wheel"
 for file in ("config.json", "model.safetensors", "tokenizer.json"):
