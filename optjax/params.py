@@ -1,0 +1,194 @@
+"""The parameters: a pytree of weights with the config riding along as static data."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optjax.config import OPTConfig
+from optjax.declaration import Weight, declare
+
+SCHEMES = ("hf", "paper")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config", "head"])
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The weights of a model: a pytree whose leaves are arrays.
+
+    ``weights`` is nested by Hugging Face's names (``params["layers"][0]["fc1"]["weight"]``, ``[out, in]``). The layers
+    stand in a list, one dict each (the layout for decoding), or in one dict whose leaves have a leading ``L`` axis (the
+    layout for training with scan); `stack_layers` and `unstack_layers` go from one to the other.
+    """
+
+    weights: dict[str, Any]
+    config: OPTConfig
+    head: str | None = "causal_lm"
+
+    def __getitem__(self, name: str) -> Any:
+        return self.weights[name]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are stacked ``[L, …]``."""
+        return isinstance(self.weights["layers"], dict)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the word embeddings, which is the dtype the model computes in."""
+        return self.weights["embed_tokens"]["weight"].dtype
+
+    def layer(self, i: int) -> dict[str, Any]:
+        """The weights of layer ``i``, whichever layout they are in."""
+        layers = self.weights["layers"]
+        return jax.tree.map(lambda w: w[i], layers) if self.stacked else layers[i]
+
+
+def build_params(
+    config: OPTConfig,
+    head: str | None,
+    leaf: Callable[[Weight, int | None], Any],
+    *,
+    stacked: bool = False,
+) -> Params:
+    """Params whose every leaf is ``leaf(weight, layer)``.
+
+    ``layer`` is None for a weight outside the layers, and for all layers of a weight at once where ``stacked``.
+    """
+    tree: dict[str, Any] = {} if stacked else {"layers": [{} for _ in range(config.num_hidden_layers)]}
+    for weight in declare(config, head):
+        for layer in range(config.num_hidden_layers) if weight.per_layer and not stacked else (None,):
+            *steps, last = weight.keys(layer)
+            node: Any = tree
+            for step in steps:
+                node = node[step] if isinstance(step, int) else node.setdefault(step, {})
+            node[last] = leaf(weight, layer)
+
+    return Params(tree, config, head)
+
+
+def abstract_params(
+    config: OPTConfig, dtype: Any = jnp.float32, head: str | None = "causal_lm", *, stacked: bool = False
+) -> Params:
+    """The params as ``jax.ShapeDtypeStruct``: for ahead-of-time compilation, restoring and planning."""
+    return build_params(
+        config, head, lambda w, _: jax.ShapeDtypeStruct(_full_shape(config, w, stacked), dtype), stacked=stacked
+    )
+
+
+def init_params(
+    config: OPTConfig,
+    key: jax.Array,
+    dtype: Any = jnp.float32,
+    head: str | None = "causal_lm",
+    *,
+    stacked: bool = False,
+    scheme: str = "hf",
+) -> Params:
+    """Random params.
+
+    Args:
+      config: the architecture.
+      key: a jax PRNG key. The same key gives the same weights, stacked or not.
+      dtype: of all weights, a floating type.
+      head: ``"causal_lm"``, ``"sequence_classification"``, ``"question_answering"`` or None.
+      stacked: layers stacked ``[L, …]`` rather than in a list.
+      scheme: ``"hf"`` draws every matrix from N(0, init_std), as transformers does; ``"paper"`` scales the layers that
+        write to the residual stream by 1/√(2L) (Zhang et al. 2022, section 2.2). Biases are 0, norms 1, the
+        embedding of ``pad_token_id`` 0 under ``"hf"``.
+
+    Raises:
+      ValueError: unknown head or scheme, a dtype that is not floating, or something that is not a key.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"no initialization scheme {scheme!r}; there are: {', '.join(SCHEMES)}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"weights are floating point; dtype {dtype!r} is not")
+    declare(config, head)
+    return _init_params(config, as_key(key), jnp.dtype(dtype), head, stacked, scheme)
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))
+def _init_params(config, key, dtype, head, stacked, scheme) -> Params:
+    def leaf(weight: Weight, layer: int | None):
+        # Keys come from the weight's name, so that adding a weight does not change the others.
+        own = jax.random.fold_in(key, np.uint32(zlib.crc32(weight.path.encode())))
+        if not weight.per_layer:
+            return init_weight(config, weight, own, dtype, scheme)
+        if layer is not None:
+            return init_weight(config, weight, jax.random.fold_in(own, layer), dtype, scheme)
+        keys = jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(config.num_hidden_layers))
+        return jax.vmap(lambda k: init_weight(config, weight, k, dtype, scheme))(keys)
+
+    return build_params(config, head, leaf, stacked=stacked)
+
+
+def init_weight(config: OPTConfig, weight: Weight, key: jax.Array, dtype: Any, scheme: str = "hf") -> jax.Array:
+    """One fresh weight, of one layer, by its declared kind. See `init_params`."""
+    if weight.kind in ("bias", "norm_bias"):
+        return jnp.zeros(weight.shape, dtype)
+    if weight.kind == "norm_weight":
+        return jnp.ones(weight.shape, dtype)
+    std = config.init_std
+    if scheme == "paper" and weight.kind == "output":
+        std /= (2 * config.num_hidden_layers) ** 0.5
+    # Drawn in float32, then cast: every dtype gets the same numbers.
+    value = std * jax.random.normal(key, weight.shape, jnp.float32)
+    if scheme == "hf" and weight.path == "embed_tokens.weight" and config.pad_token_id is not None:
+        value = value.at[config.pad_token_id].set(0.0, mode="drop")
+    return value.astype(dtype)
+
+
+def stack_layers(params: Params) -> Params:
+    """The same params with layers stacked ``[L, …]``: the layout `forward` scans over. Works on abstract leaves too."""
+    if params.stacked:
+        return params
+
+    def stack(*leaves):
+        if isinstance(leaves[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+        return jnp.stack(leaves)
+
+    layers = jax.tree.map(stack, *params["layers"])
+    return dataclasses.replace(params, weights=params.weights | {"layers": layers})
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same params with layers in a list, one dict each: the layout `generate` is fastest with."""
+    if not params.stacked:
+        return params
+
+    def take(i: int):
+        def one(leaf):
+            return (
+                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
+            )
+
+        return one
+
+    layers = [jax.tree.map(take(i), params["layers"]) for i in range(params.config.num_hidden_layers)]
+    return dataclasses.replace(params, weights=params.weights | {"layers": layers})
+
+
+def as_key(key: Any) -> jax.Array:
+    """A typed PRNG key, from one or from the older uint32 form.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise ValueError(f"expected a PRNG key such as jax.random.key(0), got {type(key).__name__}")
+
+
+def _full_shape(config: OPTConfig, weight: Weight, stacked: bool) -> tuple[int, ...]:
+    return (config.num_hidden_layers, *weight.shape) if weight.per_layer and stacked else weight.shape
