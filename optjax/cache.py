@@ -1,0 +1,106 @@
+"""The static KV cache: keys and values of past tokens in buffers whose shapes never change.
+
+Every call of `forward` writes its T columns at ``index``, the same columns for every row; ``mask`` remembers which
+columns hold real tokens, so rows of different lengths and padding on either side live in one cache.
+
+Two layouts, chosen by what the compiler makes of them:
+
+- ``"heads"``, ``[B, H, S, K]`` for each layer: one batched matrix product with no transpose, right for CPU and GPU.
+- ``"flat"``, ``[B, S, D]``: for TPU, where one token's q, laid out block-diagonally, meets all heads' keys in a single
+  matrix product on the matrix unit, instead of a multiply and reduce off it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optjax.config import OPTConfig
+from optjax.params import Params
+
+LAYOUTS = ("heads", "flat")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "mask", "lengths", "index"],
+    meta_fields=["layout"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """A static KV cache of S columns.
+
+    Attributes:
+      keys, values: one array a layer, ``[B, H, S, K]`` or ``[B, S, D]`` by ``layout``.
+      mask: ``[B, S]`` bool, the columns that hold real tokens.
+      lengths: ``[B]`` int32, how many real tokens each row holds: the position of its next one.
+      index: int32 scalar, the column that the next call writes first.
+      layout: ``"heads"`` or ``"flat"``.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    mask: jax.Array
+    lengths: jax.Array
+    index: jax.Array
+    layout: str
+
+    @property
+    def batch_size(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """S, the columns there are."""
+        return self.mask.shape[1]
+
+
+def init_cache(
+    params: Params | OPTConfig,
+    batch_size: int,
+    max_length: int,
+    dtype: Any = None,
+    *,
+    layout: str | None = None,
+) -> Cache:
+    """An empty cache for ``batch_size`` rows of ``max_length`` columns (padding takes columns, but no positions).
+
+    Args:
+      params: the params, or their config.
+      dtype: of keys and values; the params' by default (float32 for a config).
+      layout: ``"heads"`` or ``"flat"``; the default backend's by default.
+
+    Raises:
+      ValueError: a size is not positive, or the layout is unknown.
+    """
+    config = params.config if isinstance(params, Params) else params
+    if dtype is None:
+        dtype = params.dtype if isinstance(params, Params) else jnp.float32
+    if batch_size < 1 or max_length < 1:
+        raise ValueError(f"a cache needs batch_size and max_length of at least 1, got {batch_size} and {max_length}")
+    if layout is None:
+        layout = default_layout()
+    if layout not in LAYOUTS:
+        raise ValueError(f"no cache layout {layout!r}; there are: {', '.join(LAYOUTS)}")
+    b, s, h, k = batch_size, max_length, config.num_attention_heads, config.head_dim
+    shape = (b, h, s, k) if layout == "heads" else (b, s, h * k)
+    # Each buffer is its own array: a shared one could not be donated.
+    buffers = [tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2)]
+    return Cache(*buffers, jnp.zeros((b, s), bool), jnp.zeros((b,), jnp.int32), jnp.int32(0), layout)
+
+
+def default_layout() -> str:
+    """The layout for the backend that jax computes on by default."""
+    return "flat" if jax.default_backend() == "tpu" else "heads"
+
+
+def write_columns(buffer: jax.Array, new: jax.Array, index: jax.Array, layout: str) -> jax.Array:
+    """One layer's ``buffer`` with ``new`` ``[B, T, H, K]`` written at columns ``index`` to ``index + T``."""
+    if layout == "heads":
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new.swapaxes(1, 2).astype(buffer.dtype), index, axis=2)
+    flat = new.reshape(*new.shape[:2], -1)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, flat.astype(buffer.dtype), index, axis=1)

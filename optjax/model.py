@@ -1,0 +1,303 @@
+"""The decoder as a pure function: one path for training, prefill in chunks and one-token decoding.
+
+Zhang et al. 2022 (OPT: Open Pre-trained Transformer Language Models), in the form of transformers' modeling_opt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optjax.attention import attend, causal_mask, drop
+from optjax.cache import Cache, write_columns
+from optjax.config import OPTConfig
+from optjax.params import Params, as_key
+from optjax.validate import as_array, as_head_mask, as_ids, as_mask, check_params, check_positions
+
+# Hugging Face's position table has two rows before that of position 0 (#20761). Masked slots are at position -1.
+POSITION_OFFSET = 2
+LAYER_NORM_EPS = 1e-5
+
+_ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["last_hidden_state", "hidden_states", "attentions", "cache"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """What `forward` returns.
+
+    Attributes:
+      last_hidden_state: ``[B, T, E]``, after the final norm and project_out.
+      hidden_states: L + 1 arrays, if asked for: the input of each layer ``[B, T, D]``, then ``last_hidden_state``.
+      attentions: L arrays ``[B, H, T, S]`` in float32, if asked for: the weights after softmax and head_mask.
+      cache: the cache with this call's tokens, where one was given.
+    """
+
+    last_hidden_state: jax.Array
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    cache: Cache | None = None
+
+
+def forward(
+    params: Params,
+    ids: Any = None,
+    *,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    head_mask: Any = None,
+    inputs_embeds: Any = None,
+    cache: Cache | None = None,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+    dropout_key: jax.Array | None = None,
+) -> ModelOutput:
+    """The decoder: ids in, hidden states out.
+
+    Args:
+      params: from `init_params` or `load_params`, with any head.
+      ids: ``[B, T]`` int, 0 to vocab_size - 1.
+      attention_mask: ``[B, T]`` bool or int, of this call's ids; padding may stand anywhere. All ones by default, also
+        where ids contain the pad id (as in transformers).
+      position_ids: ``[B, T]``; by default counted from the mask, so that padding takes no positions.
+      head_mask: ``[H]`` or ``[L, H]``; multiplies each head's weights after the softmax.
+      inputs_embeds: ``[B, T, E]`` in place of ids: rows of the word embedding, or anything of their kind.
+      cache: from `init_cache` or an earlier call; this call's tokens follow those it holds.
+      output_hidden_states, output_attentions: keep them.
+      dropout_key: turns dropout, attention_dropout and layerdrop on.
+
+    Returns:
+      A `ModelOutput`.
+
+    Raises:
+      ValueError: shapes, dtypes or ids that do not fit, a row longer than max_position_embeddings, a full cache.
+    """
+    inputs = check_inputs(params, ids, attention_mask, position_ids, head_mask, inputs_embeds, cache, dropout_key)
+    return _forward(params, inputs, bool(output_hidden_states), bool(output_attentions))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "embeds", "mask", "position_ids", "head_mask", "cache", "dropout_key"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The checked arguments of `forward`; None where absent. Not checked again inside compiled code."""
+
+    ids: Any = None
+    embeds: Any = None
+    mask: Any = None
+    position_ids: Any = None
+    head_mask: Any = None
+    cache: Cache | None = None
+    dropout_key: Any = None
+
+
+def check_inputs(
+    params: Params, ids, attention_mask, position_ids, head_mask, inputs_embeds, cache, dropout_key
+) -> Inputs:
+    """The arguments of `forward` as `Inputs`, or a ValueError."""
+    config = check_params(params).config
+    if (ids is None) == (inputs_embeds is None):
+        raise ValueError("give either ids or inputs_embeds, " + ("not both" if ids is not None else "one of them"))
+    if ids is not None:
+        ids = as_ids(ids, config.vocab_size)
+        shape = ids.shape
+    else:
+        inputs_embeds = as_array(inputs_embeds, "inputs_embeds")
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.embed_dim or 0 in inputs_embeds.shape:
+            raise ValueError(f"inputs_embeds should have shape [B, T, {config.embed_dim}], got {inputs_embeds.shape}")
+        if not jnp.issubdtype(inputs_embeds.dtype, jnp.floating):
+            raise ValueError(f"inputs_embeds should be floating point, got {inputs_embeds.dtype}")
+        shape = inputs_embeds.shape[:2]
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"cache should come from init_cache, got {type(cache).__name__}")
+    mask = None if attention_mask is None else as_mask(attention_mask, shape)
+    position_ids = None if position_ids is None else as_array(position_ids, "position_ids")
+    check_positions(config, mask, position_ids, cache, shape)
+    return Inputs(
+        ids=ids,
+        embeds=inputs_embeds,
+        mask=mask,
+        position_ids=position_ids,
+        head_mask=None if head_mask is None else as_head_mask(head_mask, config),
+        cache=cache,
+        dropout_key=None if dropout_key is None else as_key(dropout_key),
+    )
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _forward(params: Params, inputs: Inputs, output_hidden_states: bool, output_attentions: bool) -> ModelOutput:
+    return decoder(params, inputs, output_hidden_states, output_attentions)
+
+
+def decoder(
+    params: Params, inputs: Inputs, output_hidden_states: bool = False, output_attentions: bool = False
+) -> ModelOutput:
+    """`forward` without checks and without a jit of its own, for use inside compiled programs."""
+    config, cache = params.config, inputs.cache
+    with jax.named_scope("embed"):
+        x = _embed(params, inputs)
+    b, t = x.shape[:2]
+    new_mask = jnp.ones((b, t), bool) if inputs.mask is None else jnp.asarray(inputs.mask)
+    columns = jnp.arange(t, dtype=jnp.int32)
+    if cache is None:
+        mask = causal_mask(new_mask, columns)
+    else:
+        all_masks = jax.lax.dynamic_update_slice_in_dim(cache.mask, new_mask, cache.index, axis=1)
+        mask = causal_mask(all_masks, cache.index + columns)
+    keep_hidden, keep_attention = output_hidden_states, output_attentions
+
+    def layer(x, weights, i, head_mask, buffers):
+        key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, i)
+        past = None if cache is None else (*buffers, cache.index, cache.layout)
+        y, attention, buffers = _layer(config, weights, x, mask, head_mask, key, past)
+        return y, (x if keep_hidden else None, attention if keep_attention else None, buffers)
+
+    if params.stacked and cache is None:
+        layers = jnp.arange(config.num_hidden_layers)
+
+        def step(x, each):
+            weights, i, head_mask = each
+            return layer(x, weights, i, head_mask, None)
+
+        x, (hidden, attentions, _) = jax.lax.scan(step, x, (params["layers"], layers, inputs.head_mask))
+        hidden, attentions = (None if a is None else tuple(a) for a in (hidden, attentions))
+        buffers = None
+    else:
+        # With a cache the layers are unrolled: a scan would carry a second copy of the cache.
+        kept = []
+        for i in range(config.num_hidden_layers):
+            head_mask = None if inputs.head_mask is None else inputs.head_mask[i]
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            x, out = layer(x, params.layer(i), i, head_mask, past)
+            kept.append(out)
+        hidden, attentions, buffers = zip(*kept, strict=True)
+
+    with jax.named_scope("final"):
+        if config.has_final_layer_norm:
+            x = layer_norm(x, params.weights.get("final_layer_norm"))
+        if config.has_projections:
+            x = linear(x, params["project_out"])
+    if cache is not None:
+        keys, values = zip(*buffers, strict=True)
+        lengths = cache.lengths + new_mask.sum(1, dtype=jnp.int32)
+        cache = dataclasses.replace(
+            cache, keys=keys, values=values, mask=all_masks, lengths=lengths, index=cache.index + t
+        )
+    return ModelOutput(
+        last_hidden_state=x,
+        hidden_states=(*hidden, x) if keep_hidden else None,
+        attentions=attentions if keep_attention else None,
+        cache=cache,
+    )
+
+
+def _embed(params: Params, inputs: Inputs) -> jax.Array:
+    """Word embedding (projected in) plus position embedding: ``[B, T, D]``."""
+    if inputs.embeds is None:
+        x = params["embed_tokens"]["weight"][inputs.ids]
+    else:
+        x = jnp.asarray(inputs.embeds).astype(params.dtype)
+    b, t = x.shape[:2]
+    if params.config.has_projections:
+        x = linear(x, params["project_in"])
+    if inputs.position_ids is not None:
+        positions = jnp.broadcast_to(inputs.position_ids, (b, t))
+    else:
+        start = jnp.zeros((b,), jnp.int32) if inputs.cache is None else inputs.cache.lengths
+        positions = mask_positions(inputs.mask, start, t)
+    return x + params["embed_positions"]["weight"][positions + POSITION_OFFSET].astype(x.dtype)
+
+
+def mask_positions(mask: Any | None, start: jax.Array, t: int) -> jax.Array:
+    """Positions ``[B, T]`` of tokens that follow ``start`` ``[B]`` earlier ones; -1 where masked."""
+    if mask is None:
+        return start[:, None] + jnp.arange(t, dtype=jnp.int32)
+    mask = jnp.asarray(mask)
+    counted = start[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    return jnp.where(mask, counted, 0) - 1
+
+
+def _layer(config: OPTConfig, weights: dict[str, Any], x, mask, head_mask, key, past):
+    """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers."""
+    attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
+    pre_norm = config.do_layer_norm_before
+
+    def residual(x, block, norm, dropout_key):
+        y = block(layer_norm(x, weights.get(norm)) if pre_norm else x)
+        if dropout_key is not None and config.dropout > 0:
+            y = drop(y, config.dropout, dropout_key)
+        return x + y if pre_norm else layer_norm(x + y, weights.get(norm))
+
+    kept: list[Any] = []
+
+    def attention_block(y):
+        out, *rest = _self_attention(config, weights["self_attn"], y, mask, head_mask, attention_key, past)
+        kept.extend(rest)
+        return out
+
+    def mlp_block(y):
+        return linear(_ACTIVATIONS[config.activation_function](linear(y, weights["fc1"])), weights["fc2"])
+
+    with jax.named_scope("self_attn"):
+        y = residual(x, attention_block, "self_attn_layer_norm", dropout_keys[0])
+    with jax.named_scope("mlp"):
+        y = residual(y, mlp_block, "final_layer_norm", dropout_keys[1])
+    if skip_key is not None and config.layerdrop > 0:
+        y = jnp.where(jax.random.bernoulli(skip_key, config.layerdrop), x, y)
+    attention, buffers = kept
+    return y, attention, buffers
+
+
+def _self_attention(config: OPTConfig, weights: dict[str, Any], x, mask, head_mask, dropout_key, past):
+    b, t, d = x.shape
+    heads = (b, t, config.num_attention_heads, config.head_dim)
+    # Scaled before the product with k, as the original is: in float16 the other order overflows.
+    q = (linear(x, weights["q_proj"]) * config.head_dim**-0.5).reshape(heads)
+    k, v = (linear(x, weights[name]).reshape(heads) for name in ("k_proj", "v_proj"))
+    if past is None:
+        layout, buffers = "heads", None
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    else:
+        k_buffer, v_buffer, index, layout = past
+        k = write_columns(k_buffer, k, index, layout)
+        v = write_columns(v_buffer, v, index, layout)
+        buffers = (k, v)
+    dropout = config.attention_dropout
+    out, attention = attend(q, k, v, mask, layout=layout, head_mask=head_mask, dropout=dropout, dropout_key=dropout_key)
+    return linear(out, weights["out_proj"]), attention, buffers
+
+
+def linear(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    """``x Wᵀ + b``, with W ``[out, in]``."""
+    y = jnp.einsum("...i,oi->...o", x, weights["weight"].astype(x.dtype))
+    return y + weights["bias"].astype(x.dtype) if "bias" in weights else y
+
+
+def layer_norm(x: jax.Array, weights: dict[str, jax.Array] | None) -> jax.Array:
+    """Layer norm over the last axis, in float32; ``weights`` None where ``layer_norm_elementwise_affine`` is off."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+    if weights:
+        y = y * weights["weight"].astype(jnp.float32) + weights["bias"].astype(jnp.float32)
+    return y.astype(x.dtype)

@@ -1,0 +1,135 @@
+"""Checks of what a caller hands in, made before anything is compiled.
+
+JAX does not raise on an index out of range: it clamps, or gives NaN. So ids, positions and labels are looked at here
+while they are concrete; inside somebody's own ``jit`` only shapes and dtypes can be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optjax.cache import Cache
+from optjax.config import OPTConfig
+from optjax.params import Params
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether none of the values is a tracer, so that its content may be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def check_params(params: Any, heads: tuple[str | None, ...] | None = None) -> Params:
+    if not isinstance(params, Params):
+        raise ValueError(
+            f"expected optjax params, got {type(params).__name__}; make them with init_params or load_params"
+        )
+    if heads is not None and params.head not in heads:
+        raise ValueError(
+            f"these params have head {params.head!r}, and this function needs {' or '.join(map(repr, heads))}; "
+            f"load or initialize them with head={heads[0]!r}"
+        )
+    return params
+
+
+def as_ids(ids: Any, vocab_size: int, name: str = "ids") -> jax.Array | np.ndarray:
+    """Ids as an int32 array ``[B, T]``."""
+    array = as_array(ids, name)
+    if array.ndim != 2:
+        raise ValueError(f"{name} should have shape [B, T], got {array.shape}; add a batch axis: {name}[None]")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} should be integers, got {array.dtype}")
+    if 0 in array.shape:
+        raise ValueError(f"{name} is empty: shape {array.shape}")
+    check_range(array, 0, vocab_size, name, "the vocabulary")
+    return array.astype(np.int32)
+
+
+def as_array(value: Any, name: str) -> jax.Array | np.ndarray:
+    if isinstance(value, jax.Array | np.ndarray):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a rectangular array: {error}; pad the rows to one length") from None
+    if array.dtype == object:
+        raise ValueError(f"{name} is not an array of numbers, but {type(value).__name__}")
+    return array
+
+
+def check_range(array: Any, low: int, high: int, name: str, what: str, allowed: int | None = None) -> None:
+    """ValueError unless every concrete element is in ``low … high-1``, or ``allowed``."""
+    if not is_concrete(array) or array.size == 0:
+        return
+    host = np.asarray(array)
+    bad = (host < low) | (host >= high)
+    if allowed is not None:
+        bad &= host != allowed
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        also = "" if allowed is None else f" (or {allowed})"
+        raise ValueError(f"{name}{list(where)} is {host[where]}, outside {what}: {low} to {high - 1}{also}")
+
+
+def as_mask(mask: Any, shape: tuple[int, int], name: str = "attention_mask") -> jax.Array | np.ndarray:
+    """A mask as bool ``[B, T]``; bool or int given, nonzero is True."""
+    array = as_array(mask, name)
+    if array.shape != shape:
+        raise ValueError(f"{name} should have shape {shape}, as the ids of this call have, got {array.shape}")
+    if array.dtype != bool and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} should be bool or int, got {array.dtype}")
+    return array != 0
+
+
+def as_head_mask(head_mask: Any, config: OPTConfig) -> jax.Array | np.ndarray:
+    """A head mask as ``[L, H]``, from that or ``[H]``."""
+    array = as_array(head_mask, "head_mask")
+    full = (config.num_hidden_layers, config.num_attention_heads)
+    if array.shape not in (full, full[1:]):
+        raise ValueError(f"head_mask should have shape {full} or {full[1:]}, got {array.shape}")
+    return jnp.broadcast_to(array, full)
+
+
+def check_positions(
+    config: OPTConfig,
+    mask: Any | None,
+    position_ids: Any | None,
+    cache: Cache | None,
+    shape: tuple[int, int],
+) -> None:
+    """ValueError where a token would get a position past the table's end, or a column past the cache's."""
+    b, t = shape
+    limit = config.max_position_embeddings
+    if cache is not None:
+        if cache.batch_size != b:
+            raise ValueError(f"the cache is for {cache.batch_size} rows, and ids have {b}")
+        used = int(cache.index) if is_concrete(cache.index) else 0
+        if used + t > cache.max_length:
+            raise ValueError(
+                f"the cache has {cache.max_length} columns, {used} in use, and cannot take {t} more; "
+                f"make it with init_cache(params, batch_size, max_length={used + t} or more)"
+            )
+    if position_ids is not None:
+        if position_ids.shape not in ((b, t), (1, t)):
+            raise ValueError(f"position_ids should have shape {(b, t)}, got {position_ids.shape}")
+        if not jnp.issubdtype(position_ids.dtype, jnp.integer):
+            raise ValueError(f"position_ids should be integers, got {position_ids.dtype}")
+        # -1 is what a masked slot gets.
+        check_range(position_ids, -1, limit, "position_ids", "the position table (max_position_embeddings)")
+        return
+    held = np.zeros(b, np.int64)
+    if cache is not None and is_concrete(cache.lengths):
+        held = np.asarray(cache.lengths)
+    if mask is None:
+        longest = int(held.max()) + t
+    elif is_concrete(mask):
+        longest = int((held + np.asarray(mask).sum(1)).max())
+    else:
+        return
+    if longest > limit:
+        raise ValueError(
+            f"{longest} tokens in a row are more than max_position_embeddings = {limit}; shorten the input"
+        )
