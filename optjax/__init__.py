@@ -1,0 +1,28 @@
+"""optjax: OPT as pure JAX functions over parameter pytrees."""
+
+from optjax.cache import Cache, init_cache
+from optjax.config import OPTConfig
+from optjax.declaration import Weight, count_params, declare
+from optjax.heads import causal_lm, question_answering, sequence_classification
+from optjax.model import forward
+from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "OPTConfig",
+    "Params",
+    "Weight",
+    "abstract_params",
+    "causal_lm",
+    "count_params",
+    "declare",
+    "forward",
+    "init_cache",
+    "init_params",
+    "question_answering",
+    "sequence_classification",
+    "stack_layers",
+    "unstack_layers",
+]
