@@ -1,6 +1,7 @@
 """optjax: OPT as pure JAX functions over parameter pytrees."""
 
 from optjax.cache import Cache, init_cache
+from optjax.checkpoints import load, load_params, save_params
 from optjax.config import OPTConfig
 from optjax.declaration import Weight, count_params, declare
 from optjax.heads import causal_lm, question_answering, sequence_classification
@@ -21,7 +22,10 @@ __all__ = [
     "forward",
     "init_cache",
     "init_params",
+    "load",
+    "load_params",
     "question_answering",
+    "save_params",
     "sequence_classification",
     "stack_layers",
     "unstack_layers",

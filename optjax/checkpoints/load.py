@@ -1,0 +1,141 @@
+"""Checkpoints in: from a folder, a file, the hub or the package, to params."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optjax.checkpoints.contents import Contents, open_contents
+from optjax.checkpoints.detect import find_checkpoint
+from optjax.checkpoints.errors import CheckpointError
+from optjax.checkpoints.hub import resolve_source
+from optjax.checkpoints.match import choose_head, match
+from optjax.checkpoints.place import placer, stack
+from optjax.checkpoints.progress import progress_bar
+from optjax.config import OPTConfig
+from optjax.declaration import Weight
+from optjax.params import Params, as_key, build_params, init_weight
+
+if TYPE_CHECKING:
+    from optjax.tokenizer import Tokenizer
+
+
+def load_params(
+    source: str | Path,
+    dtype: Any = None,
+    head: str | None = None,
+    mesh: Any = None,
+    rules: Any = None,
+    *,
+    key: jax.Array | None = None,
+    stacked: bool = False,
+    config: OPTConfig | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: bool | None = None,
+) -> Params:
+    """The params of a checkpoint.
+
+    Reads Hugging Face safetensors, ``.bin``, Flax ``.msgpack`` and TF ``.h5`` (one file or many), metaseq ``.pt``
+    (consolidated, model-parallel parts, FSDP shards) and Alpa's and FlexGen's folders of arrays. Tensors are read and
+    cast one at a time, so the host needs room for one tensor beyond what stays. Nothing in a file is ever executed.
+
+    Args:
+      source: a folder, a file, a hub id such as ``facebook/opt-125m``, or ``"opt-mini"``, which ships with optjax.
+      dtype: a floating dtype of all weights; None keeps the file's (float64 becomes float32 unless jax has x64 on).
+      head: ``"causal_lm"``, ``"sequence_classification"``, ``"question_answering"``, or ``"base"`` for none. By
+        default what ``architectures`` in config.json says, else the head that is in the files.
+      mesh, rules: spread the weights over devices (see ``optjax.sharding``); each process reads what its devices hold.
+      key: a jax PRNG key to create the head with where the checkpoint has none; without a key that is an error.
+      stacked: layers stacked ``[L, …]``, for training.
+      config: an `OPTConfig` or a preset's name, in place of the checkpoint's own or where it has none.
+      revision, token: of the hub: a branch, tag or commit; an access token.
+      progress: show a progress bar; by default for more than 1 GB on a terminal or in a notebook.
+
+    Raises:
+      FileNotFoundError: nothing is at ``source``, or no checkpoint is in it.
+      ValueError: a dtype, head, key or config that makes no sense.
+      CheckpointError (a ValueError): a file is broken, or missing, unexpected and mis-shaped tensors, all listed.
+    """
+    dtype = None if dtype is None else _floating(dtype)
+    key = None if key is None else as_key(key)
+    found = find_checkpoint(resolve_source(source, revision=revision, token=token))
+    contents = open_contents(found)
+    config = _config(config, found.folder, contents)
+    head = choose_head(config, contents) if head is None else (None if head == "base" else head)
+    plan = match(contents, config, head, create_head=key is not None)
+    place = placer(config, head, mesh, rules)
+    total = sum(t.nbytes for t in plan.tensors.values())
+
+    with progress_bar(total, f"loading {Path(source).name}", progress) as advance:
+
+        def leaf(weight: Weight, layer: int | None) -> jax.Array:
+            if weight in plan.created:
+                own = jax.random.fold_in(key, np.uint32(zlib.crc32(weight.path.encode())))
+                return init_weight(config, weight, own, dtype or _common_dtype(plan.tensors))
+            if weight.per_layer and layer is None:
+                each = (one(weight, i) for i in range(config.num_hidden_layers))
+                return stack(each, config.num_hidden_layers)
+            return one(weight, layer)
+
+        def one(weight: Weight, layer: int | None) -> jax.Array:
+            tensor = plan.tensors[weight.path, layer]
+            array = place(weight, layer, tensor, dtype or _kept(tensor.dtype))
+            advance(tensor.nbytes)
+            return array
+
+        return build_params(config, head, leaf, stacked=stacked)
+
+
+def load(source: str | Path, dtype: Any = None, head: str | None = None, **options: Any) -> tuple[Params, Tokenizer]:
+    """The params and the tokenizer of a checkpoint; arguments as of `load_params`."""
+    from optjax.tokenizer import Tokenizer
+
+    hub = {name: options[name] for name in ("revision", "token") if name in options}
+    params = load_params(source, dtype, head, **options)
+    return params, Tokenizer.load(resolve_source(source, **hub, weights=False))
+
+
+def _floating(dtype: Any) -> np.dtype:
+    try:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"dtype should be a floating type such as 'bfloat16' or jnp.float32, not {dtype!r}")
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ValueError(f"dtype {dtype!r} needs jax.config.update('jax_enable_x64', True)")
+    return jnp.dtype(dtype)
+
+
+def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> OPTConfig:
+    if isinstance(given, OPTConfig):
+        return given
+    if given is not None:
+        return OPTConfig.preset(given)
+    if (folder / "config.json").is_file():
+        try:
+            config = OPTConfig.from_json(folder)
+        except (TypeError, OverflowError) as error:
+            raise CheckpointError(f"{folder / 'config.json'} describes no OPT model: {error}") from None
+        if "quantization_config" in dict(config.extra):
+            raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
+        return config
+    if contents.config is not None:
+        return contents.config
+    raise FileNotFoundError(
+        f"{folder} has no config.json: pass config=, an OPTConfig or the name of a preset such as 'opt-125m'"
+    )
+
+
+def _kept(dtype: np.dtype) -> np.dtype:
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def _common_dtype(tensors: dict) -> np.dtype:
+    return _kept(tensors["embed_tokens.weight", None].dtype)

@@ -1,0 +1,149 @@
+"""Lays a checkpoint's tensors beside the declaration: what goes where, and everything that does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+
+from optjax.checkpoints.contents import Contents
+from optjax.checkpoints.errors import CheckpointError, listing, shorten
+from optjax.checkpoints.names import canonical
+from optjax.checkpoints.tensors import TensorRef
+from optjax.config import OPTConfig
+from optjax.declaration import HEADS, Weight, declare
+
+FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
+_ARCHITECTURES = {
+    "OPTForCausalLM": "causal_lm",
+    "OPTModel": None,
+    "OPTForSequenceClassification": "sequence_classification",
+    "OPTForQuestionAnswering": "question_answering",
+}
+_HEAD_WEIGHTS = ("lm_head.", "score.", "qa_outputs.")
+
+
+@dataclass
+class Match:
+    """Which tensor each weight is read from; ``created`` lists the head's weights that the files lack."""
+
+    tensors: dict[tuple[str, int | None], TensorRef]
+    created: list[Weight] = field(default_factory=list)
+
+
+def choose_head(config: OPTConfig, contents: Contents) -> str | None:
+    """The head that config.json's ``architectures`` names, else the one whose weights are there."""
+    import json
+
+    architectures = json.loads(dict(config.extra).get("architectures", "null"))
+    for name in architectures if isinstance(architectures, list) else ():
+        name = str(name).removeprefix("Flax").removeprefix("TF")
+        if name in _ARCHITECTURES:
+            return _ARCHITECTURES[name]
+    paths = {canonical(name) for name in contents.tensors}
+    if "score.weight" in paths:
+        return "sequence_classification"
+    return "question_answering" if "qa_outputs.weight" in paths else "causal_lm"
+
+
+def match(contents: Contents, config: OPTConfig, head: str | None, *, create_head: bool) -> Match:
+    """The tensor of every weight.
+
+    Raises:
+      CheckpointError: something is missing, unexpected, of the wrong shape or no floating-point tensor: all of it is
+        listed.
+    """
+    if head not in HEADS:
+        raise ValueError(f"no head named {head!r}; there are: {', '.join(map(repr, HEADS))}")
+    problems: dict[str, list[str]] = {}
+
+    def problem(kind: str, text: str) -> None:
+        problems.setdefault(kind, []).append(text)
+
+    for text in contents.problems:
+        problem("problems with the files", text)
+    tensors: dict[str, TensorRef] = {}
+    for name, tensor in contents.tensors.items():
+        path = canonical(name)
+        if path is not None and path in tensors:
+            problem("problems with the files", f"{shorten(name)} is there twice, under different prefixes")
+        elif path is not None:
+            tensors[path] = tensor
+    if config.num_hidden_layers > len(contents.tensors):
+        raise CheckpointError(
+            f"config.json says num_hidden_layers={config.num_hidden_layers}, but there are only "
+            f"{len(contents.tensors)} tensors in the checkpoint"
+        )
+    _use_only_copy(tensors, config)
+
+    out = Match({})
+    for weight, layer, path in expected(config, head):
+        tensor = tensors.pop(path, None)
+        if tensor is None:
+            if path.startswith(_HEAD_WEIGHTS) and create_head:
+                out.created.append(weight)
+            else:
+                problem("missing", f"{path} {weight.shape}")
+        elif tensor.shape != weight.shape:
+            problem("of the wrong shape", f"{path}: {tensor.shape} in the file, {weight.shape} by the config")
+        elif tensor.dtype not in FLOATS:
+            problem("not floating point (quantized?)", f"{path}: {tensor.dtype}")
+        else:
+            out.tensors[weight.path, layer] = tensor
+    for text in _leftovers(tensors, config):
+        problem("unexpected", text)
+    if problems:
+        raise CheckpointError(_message(problems, config, head))
+    return out
+
+
+def expected(config: OPTConfig, head: str | None) -> Iterator[tuple[Weight, int | None, str]]:
+    """Every weight with every layer it is in, and its path with the layer's number filled in."""
+    for weight in declare(config, head):
+        if weight.per_layer:
+            for i in range(config.num_hidden_layers):
+                yield weight, i, weight.path.replace("layers.", f"layers.{i}.", 1)
+        else:
+            yield weight, None, weight.path
+
+
+def _use_only_copy(tensors: dict[str, TensorRef], config: OPTConfig) -> None:
+    """Tied weights may be stored under either name or both (Hugging Face #43159); the embedding's counts."""
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        tensors.setdefault("embed_tokens.weight", head)
+
+
+def _leftovers(tensors: dict[str, TensorRef], config: OPTConfig) -> Iterator[str]:
+    """Tensors that nothing asked for, less those that are allowed: another head, zero biases, unit norms."""
+    full = config.replace(enable_bias=True, layer_norm_elementwise_affine=True)
+    kinds = {path: (weight.kind, weight.shape) for weight, _, path in expected(full, None)}
+    for path, tensor in tensors.items():
+        if path.startswith(_HEAD_WEIGHTS):
+            continue
+        kind, shape = kinds.get(path, (None, None))
+        if kind in ("bias", "norm_weight", "norm_bias") and shape == tensor.shape and tensor.dtype in FLOATS:
+            # Some Galactica files store what their config switches off (BlinkDL and others' conversions).
+            neutral = 1 if kind == "norm_weight" else 0
+            if bool((tensor.read() == neutral).all()):
+                continue
+            switch = "enable_bias" if kind == "bias" else "layer_norm_elementwise_affine"
+            yield f"{path} {tensor.shape}: not all {neutral}, though the config says {switch}=false"
+        else:
+            yield f"{shorten(path)} {tensor.shape}"
+
+
+def _message(problems: dict[str, list[str]], config: OPTConfig, head: str | None) -> str:
+    lines = ["the checkpoint does not fit its config"]
+    lines += [listing(kind, items) for kind, items in problems.items()]
+    missing = problems.get("missing", [])
+    heads = [m for m in missing if m.startswith(_HEAD_WEIGHTS)]
+    if heads and len(heads) == len(missing):
+        lines.append(f"The head {head!r} is not in the checkpoint: pass key=jax.random.key(0) to create one.")
+    biases = sum(1 for w, _, _ in expected(config, head) if w.kind == "bias")
+    if config.enable_bias and biases and sum(bool(re.search(r"\.bias \(", m)) for m in missing) >= biases:
+        lines.append("All biases are missing: a model without them has enable_bias=false in its config.json.")
+    return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""Brings tensors from files onto devices, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optjax.checkpoints.tensors import TensorRef
+from optjax.config import OPTConfig
+from optjax.declaration import Weight
+
+# What puts one weight where it belongs: `place(weight, layer, tensor, dtype)` gives the array. `optjax.sharding`
+# provides one for a mesh: `checkpoint_placer(config, head, mesh, rules)`.
+Placer = Callable[[Weight, int | None, TensorRef, np.dtype], jax.Array]
+
+
+def placer(config: OPTConfig, head: str | None, mesh: Any, rules: Any) -> Placer:
+    """How to place weights: on the default device, or spread over a mesh.
+
+    Raises:
+      ValueError: rules without a mesh, or a mesh where ``optjax.sharding`` cannot place checkpoints.
+    """
+    if mesh is None:
+        if rules is not None:
+            raise ValueError("rules say how weights are spread over a mesh: pass mesh= too")
+        return place_on_one_device
+    try:
+        from optjax.sharding import checkpoint_placer  # type: ignore[import-not-found, attr-defined]
+    except ImportError:
+        raise ValueError(
+            "mesh= needs optjax.sharding to place weights, and this installation of it cannot: load without mesh="
+        ) from None
+    return checkpoint_placer(config, head, mesh, rules)
+
+
+def place_on_one_device(weight: Weight, layer: int | None, tensor: TensorRef, dtype: np.dtype) -> jax.Array:
+    """The tensor on the default device. It is there when this returns, so that the host's copy can go."""
+    array = tensor.read().astype(dtype, copy=False)
+    return jax.block_until_ready(jnp.array(array))
+
+
+def stack(arrays: Any, n: int) -> jax.Array:
+    """``[L, …]`` from an iterator of ``L`` arrays, without holding all of them beside their stack."""
+    stacked = None
+    for i, array in enumerate(arrays):
+        if stacked is None:
+            stacked = _empty(array, n)
+        stacked = _set(stacked, array, np.int32(i))
+        jax.block_until_ready(stacked)
+    assert stacked is not None
+    return stacked
+
+
+@partial(jax.jit, static_argnums=1)
+def _empty(like: jax.Array, n: int) -> jax.Array:
+    return jnp.zeros((n, *like.shape), like.dtype)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set(stacked: jax.Array, array: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, array, i, axis=0)
