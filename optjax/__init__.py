@@ -4,6 +4,7 @@ from optjax.cache import Cache, init_cache
 from optjax.checkpoints import load, load_params, save_params
 from optjax.config import OPTConfig
 from optjax.declaration import Weight, count_params, declare
+from optjax.generation import GenerateOutput, decode_step, generate, prefill, stream
 from optjax.heads import causal_lm, question_answering, sequence_classification
 from optjax.model import forward
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cache",
+    "GenerateOutput",
     "OPTConfig",
     "Params",
     "Weight",
@@ -19,14 +21,18 @@ __all__ = [
     "causal_lm",
     "count_params",
     "declare",
+    "decode_step",
     "forward",
+    "generate",
     "init_cache",
     "init_params",
     "load",
     "load_params",
+    "prefill",
     "question_answering",
     "save_params",
     "sequence_classification",
     "stack_layers",
+    "stream",
     "unstack_layers",
 ]

@@ -1,0 +1,176 @@
+"""`generate` and `stream`: checks and buckets on the outside, compiled programs inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optjax.cache import Cache
+from optjax.generation.decode import check_rows_not_empty
+from optjax.generation.loop import Choice, State, advance, run_generate, start
+from optjax.generation.options import Options, Settings, as_settings
+from optjax.generation.processors import History
+from optjax.params import Params, as_key
+from optjax.validate import as_ids, as_mask, check_params, is_concrete
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sequences", "logprobs", "scores"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns with ``return_dict_in_generate``.
+
+    Attributes:
+      sequences: ``[B, T + N]``, prompts and new tokens, pad after the end of a row.
+      logprobs: ``[B, N]`` float32, each new token's log-probability under the scores it was chosen by (transformers'
+        ``compute_transition_scores(normalize_logits=True)``); 0 after the end of a row.
+      scores: ``[B, N, V]`` float32, the processed scores of each step, if ``output_scores``; 0 past the last step.
+    """
+
+    sequences: jax.Array
+    logprobs: jax.Array
+    scores: jax.Array | None = None
+
+
+def generate(
+    params: Params,
+    ids: Any,
+    attention_mask: Any = None,
+    *,
+    max_new_tokens: int,
+    key: jax.Array | None = None,
+    return_dict_in_generate: bool = False,
+    **options: Unpack[Options],
+) -> Any:
+    """Continues prompts, as one compiled program.
+
+    Args:
+      params: with the ``causal_lm`` head. Unstacked layers decode fastest; see `unstack_layers`.
+      ids: ``[B, T]`` prompts, padded anywhere.
+      attention_mask: ``[B, T]`` bool or int; all ones by default.
+      max_new_tokens: N, at least 1; the loop ends early when every row has ended.
+      key: PRNG key; needed when ``do_sample``. A row's draws depend on its index, not on the other rows.
+      return_dict_in_generate: return a `GenerateOutput`.
+      **options: see `Options`.
+
+    Returns:
+      ``[B · num_return_sequences, T + N]`` int32: ids as given, then the new tokens, pad after the end of a row.
+
+    Raises:
+      ValueError: before anything is compiled: ids or mask that do not fit, options unknown or impossible, a row whose
+        real tokens and max_new_tokens exceed max_position_embeddings, sampling without a key.
+    """
+    return_dict = bool(return_dict_in_generate)
+    if options.get("output_scores") and not return_dict:
+        raise ValueError("output_scores needs return_dict_in_generate=True")
+    ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
+    settings = dataclasses.replace(settings, output_logprobs=return_dict)
+    run_ids, run_mask = _pad_to_bucket(ids, mask)
+    n = max_new_tokens
+    made, _ = run_generate(params, run_ids, run_mask, settings, key, np.int32(n), room=bucket(n))
+    if is_concrete(made, ids):
+        # On the host: a slice of another length on the device would be another program.
+        host: Choice = jax.device_get(made)
+        join, array = np.concatenate, jnp.asarray
+    else:
+        host, join, array = made, jnp.concatenate, jnp.asarray
+    prompts = ids.repeat(settings.num_return_sequences, axis=0)
+    sequences = array(join([prompts, host.token[:, :n]], axis=1))
+    if not return_dict:
+        return sequences
+    return GenerateOutput(sequences, *(None if x is None else array(x[:, :n]) for x in (host.logprob, host.scores)))
+
+
+def stream(
+    params: Params,
+    ids: Any,
+    attention_mask: Any = None,
+    *,
+    max_new_tokens: int,
+    key: jax.Array | None = None,
+    **options: Unpack[Options],
+) -> Iterator[np.ndarray]:
+    """`generate`, token by token: yields ``[B]`` int32 ids as they come, the same ids that `generate` gives.
+
+    Ends after max_new_tokens, or when every row has ended; a row that ended earlier yields the pad id. The arguments
+    are those of `generate`, and are checked at the call, before the first token is asked for.
+
+    Raises:
+      ValueError: as `generate`; or in somebody's ``jit``, where nothing can be yielded.
+    """
+    if not is_concrete(params, ids, attention_mask):
+        raise ValueError("stream yields ids as they come and cannot run inside jit; use generate there")
+    if options.get("output_scores"):
+        raise ValueError("stream yields ids only; output_scores is for generate")
+    ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
+    run_ids, run_mask = _pad_to_bucket(ids, mask)
+    return _stream(params, run_ids, run_mask, settings, key, max_new_tokens)
+
+
+def _stream(params: Params, ids, mask, settings: Settings, key, max_new_tokens: int) -> Iterator[np.ndarray]:
+    state = _start(params, ids, mask, settings, key, room=bucket(max_new_tokens))
+    for _ in range(max_new_tokens - 1):
+        token, done = state.choice.token, state.done
+        # The next step is under way while this token is read.
+        state = _advance(params, settings, key, (state.cache, state.history), state.choice, done)
+        yield np.asarray(token)
+        if np.asarray(done).all():
+            return
+    yield np.asarray(state.choice.token)
+
+
+_start = partial(jax.jit, static_argnames="room")(start)
+
+
+@partial(jax.jit, donate_argnums=3)
+def _advance(params: Params, settings: Settings, key, held: tuple[Cache, History], choice: Choice, done) -> State:
+    return advance(params, settings, key, State(*held, choice, done))
+
+
+def bucket(n: int) -> int:
+    """The static size that ``n`` is rounded up to: 16 at least, then steps of a quarter of the power of two below."""
+    step = max(16, 1 << max(n.bit_length() - 3, 0))
+    return -(-n // step) * step
+
+
+def _pad_to_bucket(ids: Any, mask: Any) -> tuple[Any, Any]:
+    """Padded on the left to a bucketed length; as they are inside somebody's jit, where shapes are settled already."""
+    if not is_concrete(ids, mask):
+        return jnp.asarray(ids), jnp.asarray(mask)
+    extra = ((0, 0), (bucket(ids.shape[1]) - ids.shape[1], 0))
+    return np.pad(ids, extra), np.pad(mask, extra)
+
+
+def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, key: Any, options: Any):
+    """The arguments of `generate`, made uniform; or a ValueError."""
+    config = check_params(params, ("causal_lm",)).config
+    ids = as_ids(ids, config.vocab_size)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens should be an integer of at least 1, not {max_new_tokens!r}")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else as_mask(attention_mask, ids.shape)
+    if is_concrete(ids, mask):
+        ids, mask = np.asarray(ids), np.asarray(mask)
+        check_rows_not_empty(mask)
+        longest = int(mask.sum(1).max())
+    else:
+        # How many are real is not known while tracing; without a mask all are.
+        longest = ids.shape[1] if attention_mask is None else 1
+    limit = config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, more "
+            f"than max_position_embeddings = {limit}; shorten the prompt or ask for at most {max(limit - longest, 0)}"
+        )
+    settings = as_settings(config, options)
+    if not settings.do_sample:
+        key = None
+    elif key is None:
+        raise ValueError("do_sample=True needs a key, such as key=jax.random.key(0)")
+    else:
+        key = as_key(key)
+    return ids, mask, settings, key

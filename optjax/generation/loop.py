@@ -1,0 +1,140 @@
+"""`generate`'s compiled program: prefill, then a while loop over a static cache. `stream` runs the same steps singly.
+
+Shapes are static and come in buckets; how many tokens to make, and every number among the settings, is traced. So a
+second prompt of the same bucket compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from optjax.cache import Cache, init_cache
+from optjax.generation.decode import next_logits, reorder_cache
+from optjax.generation.options import Settings
+from optjax.generation.processors import History, new_history, process
+from optjax.heads import lm_logits
+from optjax.model import Inputs, decoder
+from optjax.params import Params
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["token", "logprob", "scores"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The token of one step, ``[B, …]``; or of all steps, ``[B, N, …]``.
+
+    Attributes:
+      token: ``[B]``; the pad id in a row that had ended.
+      logprob: ``[B]`` float32, the token's log-probability under the processed scores, 0 in a row that had ended; None
+        where not kept.
+      scores: ``[B, V]`` float32, those scores; None where not kept.
+    """
+
+    token: jax.Array
+    logprob: jax.Array | None
+    scores: jax.Array | None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "history", "choice", "done"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What stands between two tokens.
+
+    Attributes:
+      cache: the tokens before the last one.
+      history: the tokens, the last one included.
+      choice: the last one.
+      done: ``[B]`` bool, rows that have ended.
+    """
+
+    cache: Cache
+    history: History
+    choice: Choice
+    done: jax.Array
+
+
+@partial(jax.jit, static_argnames="room")
+def run_generate(
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    settings: Settings,
+    key: jax.Array | None,
+    max_new_tokens: jax.Array,
+    *,
+    room: int,
+) -> tuple[Choice, jax.Array]:
+    """Up to ``max_new_tokens`` (traced, 1 to ``room``) for prompts ``[B, T]``, until all rows have ended.
+
+    Returns the choices of all steps, padded to ``room``, and the number of steps that were run.
+    """
+    state = start(params, ids, mask, settings, key, room)
+
+    def put(made, choice: Choice, step):
+        return jax.tree.map(lambda steps, x: steps.at[:, step].set(x), made, choice)
+
+    # A row that ends early is padded to the end; log-probabilities and scores are 0 there.
+    blank = jax.tree.map(lambda x: jnp.zeros((x.shape[0], room, *x.shape[1:]), x.dtype), state.choice)
+    blank = dataclasses.replace(blank, token=jnp.full_like(blank.token, settings.pad_id))
+
+    def more(carry):
+        step, state, _ = carry
+        return (step < max_new_tokens) & ~state.done.all()
+
+    def body(carry):
+        step, state, made = carry
+        state = advance(params, settings, key, state)
+        return step + 1, state, put(made, state.choice, step)
+
+    steps, _, made = jax.lax.while_loop(more, body, (jnp.int32(1), state, put(blank, state.choice, 0)))
+    return made, steps
+
+
+def start(params: Params, ids, mask, settings: Settings, key, room: int) -> State:
+    """Reads prompts ``[B, T]`` and chooses the first token of each row; ``room`` tokens fit in all."""
+    order = jnp.argsort(mask, axis=1, stable=True)
+    # Real tokens to the right end, gaps closed: padding anywhere is padding on the left.
+    ids, mask = (jnp.take_along_axis(x, order, axis=1) for x in (ids, mask))
+    b, t = ids.shape
+    with jax.named_scope("prefill"):
+        cache = init_cache(params, b, t + room)
+        out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache))
+        logits, cache = lm_logits(params, out.last_hidden_state[:, -1]), out.cache
+    assert cache is not None  # the decoder returns one where it was given one
+    if settings.num_return_sequences > 1:
+        rows = jnp.repeat(jnp.arange(b), settings.num_return_sequences)
+        cache = reorder_cache(cache, rows)
+        ids, mask, logits = ids[rows], mask[rows], logits[rows]
+    history = new_history(ids, mask, room, params.config.vocab_size, settings)
+    done = jnp.zeros(ids.shape[0], bool)
+    return _choose(settings, key, cache, history, done, logits)
+
+
+def advance(params: Params, settings: Settings, key, state: State) -> State:
+    """One more token for each row."""
+    with jax.named_scope("decode"):
+        logits, cache = next_logits(params, state.choice.token, ~state.done, state.cache)
+    return _choose(settings, key, cache, state.history, state.done, logits)
+
+
+def _choose(settings: Settings, key, cache: Cache, history: History, done, logits) -> State:
+    with jax.named_scope("choose"):
+        scores = process(settings, history, logits)
+        if settings.do_sample:
+            # A key for each row and step: a draw does not depend on how many rows there are.
+            rows = jnp.arange(scores.shape[0])
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, history.new)))(rows)
+            token = jax.vmap(jax.random.categorical)(keys, scores)
+        else:
+            token = jnp.argmax(scores, axis=-1)
+        token = jnp.where(done, settings.pad_id, token.astype(jnp.int32))
+        logprob = None
+        if settings.output_logprobs:
+            picked = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=1)[:, 0]
+            logprob = jnp.where(done, 0.0, picked)
+        ended = (token[:, None] == settings.eos_ids[None, :]).any(1)
+        choice = Choice(token, logprob, scores if settings.output_scores else None)
+    return State(cache, history.append(token), choice, done | ended)
