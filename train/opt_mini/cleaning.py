@@ -35,27 +35,25 @@ def paragraphs(text: str) -> list[str]:
 
     In a hard-wrapped text a blank line ends a paragraph; so does a line after which the next word would still have
     fitted well within the wrap width, which finds the paragraphs of the books that have no blank lines, and keeps
-    verses apart.
+    verses apart. A line that begins in lower case never begins a paragraph.
     """
-    lines = text.split("\n")
-    lengths = sorted(len(line) for line in lines if line.strip())
+    lines = [line.strip() for line in text.split("\n")]
+    lengths = sorted(len(line) for line in lines if line)
     if not lengths:
         return []
     width = lengths[int(len(lengths) * 0.95)]
-    if width > 130:  # one line per paragraph
-        return [line.strip() for line in lines if line.strip()]
+    wrapped = width <= 130  # otherwise one line per paragraph
     found: list[str] = []
-    previous = ""  # the last line of the open paragraph, "" if none is open
+    previous = ""  # the last line, "" if blank
     for line in lines:
-        stripped = line.strip()
-        if stripped and previous and not _ends_paragraph(previous, stripped, width):
-            if found[-1].endswith("-") and found[-1][-2:-1].isalpha():
-                found[-1] += stripped  # "sitting-" / "room"
+        if line:
+            goes_on = wrapped and previous and not _ends_paragraph(previous, line, width)
+            if found and (goes_on or line[0].islower()):
+                hyphenated = found[-1].endswith("-") and found[-1][-2:-1].isalpha()  # "sitting-" / "room"
+                found[-1] += line if hyphenated else " " + line
             else:
-                found[-1] += " " + stripped
-        elif stripped:
-            found.append(stripped)
-        previous = stripped
+                found.append(line)
+        previous = line
     return found
 
 

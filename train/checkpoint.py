@@ -1,0 +1,96 @@
+"""Checkpoints of a training run: weights, optimizer and step, written by orbax.
+
+A run's folder holds `checkpoints/<step>/`, and `run.json`, which says what was trained so that a resumed run cannot be
+mistaken for another.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from optjax.config import OPTConfig
+from optjax.params import Params, abstract_params
+
+from .optimizer import Recipe
+from .state import TrainState, init_state
+
+
+class Checkpoints:
+    """The checkpoints of one run; the latest `keep` stay. Use as a context manager: leaving it waits for the writes."""
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest finished checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Saves a state under its step; a step that is there already is left as it is."""
+        step = int(state.step)
+        if step != self.latest:
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.wait_until_finished()  # the next step gives the state's buffers away
+
+    def restore(self, config: OPTConfig, recipe: Recipe, *, stacked: bool) -> TrainState:
+        """The newest state.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+        """
+        if self.latest is None:
+            raise FileNotFoundError(f"no checkpoint in {self.folder / 'checkpoints'}")
+        abstract = jax.eval_shape(lambda params: init_state(params, recipe), abstract_params(config, stacked=stacked))
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+        return self._manager.restore(self.latest, args=ocp.args.StandardRestore(target))
+
+
+def remember_run(folder: str | Path, about: dict[str, Any]) -> None:
+    """Writes `run.json`, or checks that the one there says the same.
+
+    Raises:
+      ValueError: the folder belongs to another run; the message says what differs.
+    """
+    path = Path(folder) / "run.json"
+    about = json.loads(json.dumps(about))
+    if path.is_file():
+        before = json.loads(path.read_text())
+        differ = [k for k in sorted(before.keys() | about.keys()) if before.get(k) != about.get(k)]
+        if differ:
+            changes = "; ".join(f"{k} was {before.get(k)!r}, is {about.get(k)!r}" for k in differ)
+            raise ValueError(f"{folder} holds another run ({changes}); take another folder, or the same options")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_run(folder: str | Path) -> Params:
+    """The weights of a run's newest checkpoint, layers in a list.
+
+    Raises:
+      FileNotFoundError: there is no run, or it has no checkpoint yet.
+    """
+    from optjax.params import unstack_layers
+
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; expected the folder of a run of optjax.train.pretrain")
+    about = json.loads(path.read_text())
+    with Checkpoints(folder) as checkpoints:
+        recipe = Recipe(peak_lr=1.0, total_steps=1, warmup_steps=0)  # the state's shape does not depend on it
+        state = checkpoints.restore(OPTConfig.from_dict(about["config"]), recipe, stacked=about["stacked"])
+    return unstack_layers(state.params)
