@@ -119,11 +119,11 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _add_bos(backend: tokenizers.Tokenizer, bos: str) -> None:
+def _add_bos(backend: tokenizers.Tokenizer, bos: str | None) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    id = backend.token_to_id(bos)
-    if id is None:
+    id = None if bos is None else backend.token_to_id(bos)
+    if bos is None or id is None:
         raise ValueError(f"the BOS {bos!r} is not in the vocabulary of {backend.get_vocab_size()} entries")
     # Ids instead of names in the template would not do: the library wants the token itself.
     backend.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, id)])
