@@ -18,17 +18,16 @@ WEIGHTS_NAMES = {
 }
 SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".msgpack": "flax", ".h5": "tf", ".pt": "metaseq"}
 NPY_NAME = "decoder.embed_tokens.weight"
-_PT_PART = re.compile(r"(-model_part-\d+)?(-shard-?\d+)?\.pt$")
+_PT_NUMBERS = re.compile(r"(?<=-model_part-)\d+|(?<=-shard)-?\d+(?=\.pt$)")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint: its format, the folder it lies in, its files, and the tensor names its index promises, by file."""
+    """A checkpoint: its format, the folder it lies in, and its files."""
 
     format: str
     folder: Path
     files: tuple[Path, ...]
-    index: dict[str, str] | None = None
 
 
 def find_checkpoint(path: Path) -> Found:
@@ -82,14 +81,9 @@ def _find_in_folder(folder: Path) -> Found:
 
 
 def _siblings(path: Path) -> tuple[Path, ...]:
-    """The parts and shards of the metaseq checkpoint that ``path`` belongs to, in the order of their numbers."""
-    stem = _PT_PART.sub("", path.name)
-    parts = [p for p in path.parent.glob("*.pt") if _PT_PART.sub("", p.name) == stem]
-
-    def numbers(p: Path) -> list[int]:
-        return [int(n) for n in re.findall(r"\d+", p.name.removeprefix(stem))]
-
-    return tuple(sorted(parts, key=numbers))
+    """The parts and shards of the metaseq checkpoint that ``path`` belongs to: the same name but for their numbers."""
+    pattern = _PT_NUMBERS.sub("", path.name)
+    return tuple(sorted(p for p in path.parent.glob("*.pt") if _PT_NUMBERS.sub("", p.name) == pattern))
 
 
 def _from_index(kind: str, path: Path) -> Found:
@@ -108,4 +102,4 @@ def _from_index(kind: str, path: Path) -> Found:
     if missing:
         shown = ", ".join(shorten(name) for name in missing[:10])
         raise FileNotFoundError(f"{path} names {len(missing)} files that are not there: {shown}")
-    return Found(kind, path.parent, tuple(path.parent / name for name in files), names)
+    return Found(kind, path.parent, tuple(path.parent / name for name in files))

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.contents import Contents, open_contents
+from optjax.checkpoints.derive import derive_config
 from optjax.checkpoints.detect import find_checkpoint
-from optjax.checkpoints.errors import CheckpointError
+from optjax.checkpoints.errors import CheckpointError, reading
 from optjax.checkpoints.hub import resolve_source
 from optjax.checkpoints.match import choose_head, match
 from optjax.checkpoints.place import placer, stack
@@ -53,7 +54,8 @@ def load_params(
       mesh, rules: spread the weights over devices (see ``optjax.sharding``); each process reads what its devices hold.
       key: a jax PRNG key to create the head with where the checkpoint has none; without a key that is an error.
       stacked: layers stacked ``[L, …]``, for training.
-      config: an `OPTConfig` or a preset's name, in place of the checkpoint's own or where it has none.
+      config: an `OPTConfig` or a preset's name, in place of config.json. Where there is neither, sizes come from the
+        weights and the rest from the checkpoint's training arguments or the published model of those sizes.
       revision, token: of the hub: a branch, tag or commit; an access token.
       progress: show a progress bar; by default for more than 1 GB on a terminal or in a notebook.
 
@@ -126,8 +128,10 @@ def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> 
         if "quantization_config" in dict(config.extra):
             raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
         return config
-    if contents.config is not None:
-        return contents.config
+    with reading(folder):
+        derived = derive_config(contents.tensors, contents.arguments)
+    if derived is not None:
+        return derived
     raise FileNotFoundError(
         f"{folder} has no config.json: pass config=, an OPTConfig or the name of a preset such as 'opt-125m'"
     )

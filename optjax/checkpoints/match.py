@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ import numpy as np
 
 from optjax.checkpoints.contents import Contents
 from optjax.checkpoints.errors import CheckpointError, listing, shorten
-from optjax.checkpoints.names import canonical
 from optjax.checkpoints.tensors import TensorRef
 from optjax.config import OPTConfig
 from optjax.declaration import HEADS, Weight, declare
@@ -36,17 +36,14 @@ class Match:
 
 def choose_head(config: OPTConfig, contents: Contents) -> str | None:
     """The head that config.json's ``architectures`` names, else the one whose weights are there."""
-    import json
-
     architectures = json.loads(dict(config.extra).get("architectures", "null"))
     for name in architectures if isinstance(architectures, list) else ():
         name = str(name).removeprefix("Flax").removeprefix("TF")
         if name in _ARCHITECTURES:
             return _ARCHITECTURES[name]
-    paths = {canonical(name) for name in contents.tensors}
-    if "score.weight" in paths:
+    if "score.weight" in contents.tensors:
         return "sequence_classification"
-    return "question_answering" if "qa_outputs.weight" in paths else "causal_lm"
+    return "question_answering" if "qa_outputs.weight" in contents.tensors else "causal_lm"
 
 
 def match(contents: Contents, config: OPTConfig, head: str | None, *, create_head: bool) -> Match:
@@ -65,17 +62,11 @@ def match(contents: Contents, config: OPTConfig, head: str | None, *, create_hea
 
     for text in contents.problems:
         problem("problems with the files", text)
-    tensors: dict[str, TensorRef] = {}
-    for name, tensor in contents.tensors.items():
-        path = canonical(name)
-        if path is not None and path in tensors:
-            problem("problems with the files", f"{shorten(name)} is there twice, under different prefixes")
-        elif path is not None:
-            tensors[path] = tensor
-    if config.num_hidden_layers > len(contents.tensors):
+    tensors = dict(contents.tensors)
+    if config.num_hidden_layers > len(tensors):
         raise CheckpointError(
             f"config.json says num_hidden_layers={config.num_hidden_layers}, but there are only "
-            f"{len(contents.tensors)} tensors in the checkpoint"
+            f"{len(tensors)} tensors in the checkpoint"
         )
     _use_only_copy(tensors, config)
 

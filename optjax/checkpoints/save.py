@@ -7,16 +7,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 from optjax.checkpoints.detect import WEIGHTS_NAMES
-from optjax.checkpoints.match import expected
+from optjax.checkpoints.entries import Entry, flax_entries, torch_entries
+from optjax.checkpoints.flax_writer import write_flax
+from optjax.checkpoints.safetensors_writer import write_safetensors
 from optjax.params import Params
 
 _ARCHITECTURES = {
@@ -28,37 +29,10 @@ _ARCHITECTURES = {
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: its name in the file, and where to get it when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    array: Any
-    layer: int | None
-    transpose: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-    def read(self) -> np.ndarray:
-        value = to_host(self.array if self.layer is None else _take(self.array, np.int32(self.layer)))
-        return np.ascontiguousarray(value.T if self.transpose else value)
-
-
-def to_host(array: Any) -> np.ndarray:
-    """The values of an array. A jax array keeps the host's copy it is asked for, so a passing twin is asked instead."""
-    if isinstance(array, jax.Array):
-        parts = [shard.data for shard in array.addressable_shards]
-        array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
-    return np.asarray(array)
-
-
-@jax.jit
-def _take(stacked: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+_FORMATS: dict[str, tuple[Callable[[BinaryIO, Sequence[Entry]], None], Callable[[Params], Iterator[Entry]]]] = {
+    "safetensors": (write_safetensors, torch_entries),
+    "flax": (write_flax, flax_entries),
+}
 
 
 def save_params(
@@ -166,43 +140,3 @@ def _generation(params: Params) -> dict[str, Any]:
     config = params.config.to_dict()
     ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
     return {"_from_model_config": True} | ids
-
-
-def _torch_entries(params: Params) -> Iterator[Entry]:
-    for weight, layer, _ in expected(params.config, params.head):
-        name = weight.hf_name(layer)
-        if params.head is None:
-            name = name.removeprefix("model.")  # As transformers' base model has it.
-        array, picked = _find(params, weight.keys(layer), layer)
-        yield Entry(name, weight.shape, np.dtype(array.dtype), array, picked)
-
-
-def _find(params: Params, keys: tuple[str | int, ...], layer: int | None) -> tuple[Any, int | None]:
-    """The leaf a weight is in, and the layer to take of it where it is stacked."""
-    node: Any = params.weights
-    stacked = params.stacked and layer is not None
-    for key in keys:
-        node = node if stacked and isinstance(key, int) else node[key]
-    return node, layer if stacked else None
-
-
-_SAFETENSORS_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-def _write_safetensors(out: Any, entries: list[Entry]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for entry in entries:
-        if entry.dtype.name not in _SAFETENSORS_TYPES:
-            raise ValueError(f"{entry.name} is {entry.dtype.name}; weights are saved as floating point")
-        kind = _SAFETENSORS_TYPES[entry.dtype.name]
-        header[entry.name] = {"dtype": kind, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
-        at += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # Tensors start at a multiple of 8, as the reference implementation aligns them.
-    out.write(len(text).to_bytes(8, "little") + text)
-    for entry in entries:
-        out.write(entry.read().reshape(-1).view(np.uint8).data)
-
-
-_FORMATS = {"safetensors": (_write_safetensors, _torch_entries)}
