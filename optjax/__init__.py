@@ -1,38 +1,34 @@
-"""optjax: OPT as pure JAX functions over parameter pytrees."""
+"""optjax: OPT as pure JAX functions over parameter pytrees.
 
-from optjax.cache import Cache, init_cache
-from optjax.checkpoints import load, load_params, save_params
-from optjax.config import OPTConfig
-from optjax.declaration import Weight, count_params, declare
-from optjax.generation import GenerateOutput, decode_step, generate, prefill, stream
-from optjax.heads import causal_lm, question_answering, sequence_classification
-from optjax.model import forward
-from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
+The public names stand in `optjax._api`, which is imported when the first of them is used: jax takes a second to import,
+and ``optjax --help`` does not need it.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Cache",
-    "GenerateOutput",
-    "OPTConfig",
-    "Params",
-    "Weight",
-    "abstract_params",
-    "causal_lm",
-    "count_params",
-    "declare",
-    "decode_step",
-    "forward",
-    "generate",
-    "init_cache",
-    "init_params",
-    "load",
-    "load_params",
-    "prefill",
-    "question_answering",
-    "save_params",
-    "sequence_classification",
-    "stack_layers",
-    "stream",
-    "unstack_layers",
-]
+if TYPE_CHECKING:
+    from optjax._api import *  # noqa: F403
+    from optjax._api import __all__  # noqa: F401
+else:
+
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module
+        from importlib.util import find_spec
+
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module 'optjax' has no attribute {name!r}")
+        if find_spec(f"optjax.{name}") is not None:
+            return import_module(f"optjax.{name}")
+        api = import_module("optjax._api")
+        globals().update({each: getattr(api, each) for each in api.__all__}, __all__=api.__all__)
+        if name not in globals():
+            raise AttributeError(f"module 'optjax' has no attribute {name!r}")
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    import optjax._api
+
+    return sorted({*globals(), *optjax._api.__all__})

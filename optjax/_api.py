@@ -1,0 +1,36 @@
+"""Everything that `optjax.name` may be. `optjax` itself imports this when a name is first asked for."""
+
+from optjax.cache import Cache, init_cache
+from optjax.checkpoints import load, load_params, save_params
+from optjax.config import OPTConfig
+from optjax.declaration import Weight, count_params, declare
+from optjax.generation import GenerateOutput, decode_step, generate, prefill, stream
+from optjax.heads import causal_lm, question_answering, sequence_classification
+from optjax.model import forward
+from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
+
+__all__ = [
+    "Cache",
+    "GenerateOutput",
+    "OPTConfig",
+    "Params",
+    "Weight",
+    "abstract_params",
+    "causal_lm",
+    "count_params",
+    "declare",
+    "decode_step",
+    "forward",
+    "generate",
+    "init_cache",
+    "init_params",
+    "load",
+    "load_params",
+    "prefill",
+    "question_answering",
+    "save_params",
+    "sequence_classification",
+    "stack_layers",
+    "stream",
+    "unstack_layers",
+]
