@@ -58,6 +58,8 @@ def hf_config(config: OPTConfig) -> transformers.OPTConfig:
 def torch_model(config: OPTConfig, head: str | None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A torch model in eval mode whose every weight, biases and norms included, is random and of consequence."""
     model = CLASSES[head](hf_config(config)).eval()
+    # Else torch would keep the pad token's embedding from learning, even where that token is a real one.
+    model.get_input_embeddings().padding_idx = None
     rng = np.random.default_rng(seed)
     for name, weight in model.named_parameters():
         value = rng.standard_normal(weight.shape)
