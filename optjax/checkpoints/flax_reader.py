@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.bytes_reader import BytesReader
@@ -155,7 +155,7 @@ def _extension(file: BytesReader, length: int, depth: int) -> Any:
         file.seek(end)
     if not isinstance(shape, list) or not _is_shape(shape) or not isinstance(data, _Bytes):
         raise CheckpointError(f"an array before byte {end} has an impossible shape")
-    dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(str(name)).newbyteorder("<")
+    dtype = np.dtype(jnp.bfloat16) if name == "bfloat16" else np.dtype(str(name)).newbyteorder("<")
     tensor = FileTensor(file.path, data.start, tuple(shape), dtype)
     if dtype.hasobject or tensor.nbytes != data.length:
         raise CheckpointError(f"an array of shape {tensor.shape} and dtype {dtype} cannot have {data.length} bytes")

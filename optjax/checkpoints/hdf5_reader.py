@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.bytes_reader import BytesReader
@@ -25,7 +25,7 @@ _DATASPACE, _LINK_INFO, _DATATYPE, _LINK, _LAYOUT, _FILTERS, _CONTINUED, _SYMBOL
 # By size in bytes and bits of exponent.
 _FLOATS = {
     (2, 5): np.dtype("<f2"),
-    (2, 8): np.dtype(ml_dtypes.bfloat16),
+    (2, 8): np.dtype(jnp.bfloat16),
     (4, 8): np.dtype("<f4"),
     (8, 11): np.dtype("<f8"),
 }

@@ -123,8 +123,10 @@ def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> 
     if (folder / "config.json").is_file():
         try:
             config = OPTConfig.from_json(folder)
-        except (TypeError, OverflowError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} describes no OPT model: {error}") from None
+        except ValueError:
+            raise
+        except Exception as error:  # Values of the wrong type can fail in any way.
+            raise CheckpointError(f"{folder / 'config.json'} describes no OPT model: {error}") from error
         if "quantization_config" in dict(config.extra):
             raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
         return config

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.contents import Contents
@@ -16,7 +16,7 @@ from optjax.checkpoints.tensors import TensorRef
 from optjax.config import OPTConfig
 from optjax.declaration import HEADS, Weight, declare
 
-FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
+FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, jnp.bfloat16))
 _ARCHITECTURES = {
     "OPTForCausalLM": "causal_lm",
     "OPTModel": None,

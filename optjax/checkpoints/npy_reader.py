@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.errors import CheckpointError, reading
@@ -29,7 +29,7 @@ def read_npy(path: Path) -> dict[str, TensorRef]:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
         if dtype == np.dtype("V2"):  # How numpy.save writes bfloat16, a type it does not know.
-            dtype = np.dtype(ml_dtypes.bfloat16)
+            dtype = np.dtype(jnp.bfloat16)
         if dtype.hasobject or len(shape) > MAX_DIMENSIONS or any(n < 0 or n >= 1 << 62 for n in shape):
             raise CheckpointError(f"{path} holds no array of numbers")
         strides = None
