@@ -84,7 +84,8 @@ def pretrain(
                 waiting.append(metrics)
                 tokens += options.batch_size * text.length
                 done = step + 1
-                ends = done == last or interrupt.received
+                stops = interrupt.received  # read once: a signal may come at any line below
+                ends = done == last or stops
                 if ends or done % options.log_every == 0:
                     entry = _summary(jax.device_get(waiting)) | {"tokens_per_second": 0.0}
                     entry["tokens_per_second"] = tokens / (time.perf_counter() - since)
@@ -95,7 +96,7 @@ def pretrain(
                     waiting, since, tokens = [], time.perf_counter(), 0
                 if ends or done % options.save_every == 0:
                     checkpoints.save(state)
-                if interrupt.received:
+                if stops:
                     log.say(f"stopped after step {done}; the same command goes on from there")
                     break
     return state

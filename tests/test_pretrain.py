@@ -1,0 +1,258 @@
+"""Pretraining: against torch's AdamW on transformers' model, and against itself interrupted."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from optjax import OPTConfig, init_params
+from optjax.params import stack_layers, unstack_layers
+from optjax.train.checkpoint import Checkpoints, load_run
+from optjax.train.data import PackedText, write_packed
+from optjax.train.log import read_log
+from optjax.train.loss import evaluate, next_token_loss
+from optjax.train.optimizer import Recipe, decayed, learning_rate
+from optjax.train.pretrain import Options, main, pretrain
+from optjax.train.state import init_state, train_step
+
+CONFIG = OPTConfig(
+    vocab_size=61,
+    hidden_size=16,
+    num_hidden_layers=2,
+    ffn_dim=24,
+    num_attention_heads=2,
+    max_position_embeddings=12,
+    dropout=0.0,
+)
+RECIPE = Recipe(peak_lr=1e-2, total_steps=8, warmup_steps=2, decay_from=4, clip_norm=0.5)
+
+
+def random_text(count: int = 1000, length: int = 12) -> PackedText:
+    # No <pad>: transformers gives its row no gradient, and no text holds it.
+    tokens = np.random.default_rng(0).integers(2, CONFIG.vocab_size, count).astype(np.uint16)
+    return PackedText(tokens, length, bytes_per_token=4.0)
+
+
+def torch_model(params) -> transformers.OPTForCausalLM:
+    fields = {k: v for k, v in params.config.to_dict().items() if k != "model_type"}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**fields, attn_implementation="eager")).train()
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(unstack_layers(params).weights):
+        steps = [str(getattr(step, "key", getattr(step, "idx", None))) for step in path]
+        named["model.decoder." + ".".join(steps)] = torch.tensor(np.array(leaf))
+    missing = model.load_state_dict(named, strict=False)
+    assert not missing.unexpected_keys and missing.missing_keys == ["lm_head.weight"]
+    model.tie_weights()
+    return model
+
+
+def weights_by_name(params) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(unstack_layers(params).weights)
+    return {".".join(str(getattr(s, "key", getattr(s, "idx", None))) for s in path): np.array(x) for path, x in leaves}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_five_steps_equal_torch(stacked):
+    """Losses, gradient norms and weights of warm-up, plateau and decay, with the gradient clipped."""
+    params = init_params(CONFIG, jax.random.key(3))
+    model = torch_model(params)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1.0,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    expected_lr = [0.005, 0.01, 0.01, 0.01, 0.01 * (1 - 0.9 / 4)]
+    state = init_state(stack_layers(params) if stacked else params, RECIPE)
+    text = random_text()
+    clipped = 0
+    for step, lr in enumerate(expected_lr):
+        records = text.batch(7, step, 5)
+        state, metrics = train_step(state, records, RECIPE)
+        ids = torch.tensor(records, dtype=torch.long)
+        logits = model(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        clipped += norm.item() > 0.5
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        adamw.step()
+        np.testing.assert_allclose(float(metrics["loss"]), loss.item(), rtol=1e-5)
+        np.testing.assert_allclose(float(metrics["grad_norm"]), norm.item(), rtol=1e-4)
+        np.testing.assert_allclose(float(metrics["lr"]), lr, rtol=1e-5)
+    assert clipped, "the gradient never reached the clipping norm, so clipping was not compared"
+    theirs = {k.removeprefix("model.decoder."): v.detach().numpy() for k, v in model.state_dict().items()}
+    for name, weight in weights_by_name(state.params).items():
+        if name.endswith("k_proj.bias"):
+            continue  # softmax does not see it: its gradient is rounding error, which AdamW scales up to full steps
+        scale = np.abs(theirs[name]).max()
+        np.testing.assert_allclose(weight, theirs[name], rtol=0, atol=1e-4 * max(scale, 1e-2), err_msg=name)
+
+
+def test_decay_is_on_matrices_only():
+    for stacked in (False, True):
+        flags = decayed(CONFIG, stacked=stacked)
+        for name, flag in weights_by_name_of_flags(flags).items():
+            assert flag == (name.endswith("weight") and "norm" not in name), name
+
+
+def weights_by_name_of_flags(flags) -> dict[str, bool]:
+    leaves = jax.tree_util.tree_leaves_with_path(flags.weights)
+    return {".".join(str(getattr(s, "key", getattr(s, "idx", None))) for s in path): flag for path, flag in leaves}
+
+
+def test_learning_rate_follows_the_recipe():
+    recipe = Recipe(peak_lr=2.0, total_steps=100, warmup_steps=10)
+    rates = [float(learning_rate(recipe, step)) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0)
+    np.testing.assert_allclose(np.diff(rates[10:100]), -1.8 / 90, rtol=1e-3)
+    assert rates[99] == rates[100] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"warmup_steps": 9}, {"decay_from": 1}, {"peak_lr": 0.0}, {"beta1": 1.0}, {"final_fraction": 2.0}]
+)
+def test_recipe_refuses_nonsense(wrong):
+    with pytest.raises(ValueError, match="expected|should"):
+        Recipe(**({"peak_lr": 1e-3, "total_steps": 8, "warmup_steps": 2} | wrong))
+
+
+def test_half_precision_weights_are_refused():
+    with pytest.raises(ValueError, match="float32.*bfloat16"):
+        init_state(init_params(CONFIG, jax.random.key(0), dtype="bfloat16"), RECIPE)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    recipe = Recipe(peak_lr=1e-2, total_steps=150, warmup_steps=5)
+    state = init_state(init_params(CONFIG, jax.random.key(0)), recipe)
+    records = random_text().batch(0, 0, 4)
+    first = float(next_token_loss(state.params, records))
+    for _ in range(150):
+        state, metrics = train_step(state, records, recipe)
+    assert first > 3.9 and float(metrics["loss"]) < 0.2
+
+
+def test_batches_cover_an_epoch_once_and_depend_on_seed_and_step_alone():
+    text = random_text(count=12 * 22 + 1)
+    text = PackedText(np.arange(len(text.tokens), dtype=np.uint32), 12, 1.0)
+    epoch = [text.batch(5, step, 4) for step in range(5)]
+    starts = np.concatenate([b[:, 0] for b in epoch])
+    assert len(set(starts)) == 20 and all(starts % 12 == 0)
+    for batch in epoch:
+        assert (np.diff(batch, axis=1) == 1).all() and batch.shape == (4, 13)
+    assert (text.batch(5, 3, 4) == epoch[3]).all()
+    assert any((text.batch(5, step + 5, 4) != epoch[step]).any() for step in range(5))
+    assert (text.batch(6, 0, 4) != epoch[0]).any()
+    with pytest.raises(ValueError, match="smaller batch"):
+        text.batch(0, 0, 23)
+
+
+def test_evaluate_is_the_mean_over_records():
+    params, text = init_params(CONFIG, jax.random.key(1)), random_text()
+    found = evaluate(params, text, batch_size=8, max_batches=3)
+    each = [float(next_token_loss(params, text.take([i]))) for i in range(24)]
+    assert found["loss"] == pytest.approx(np.mean(each), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2) / 4.0)
+
+
+DROPOUT = CONFIG.replace(dropout=0.2)
+
+
+def run(folder, options=None, config=DROPOUT, seed=0, **changes):
+    options = Options(**({"batch_size": 4, "save_every": 3, "log_every": 1, "seed": seed} | (options or {}) | changes))
+    return pretrain(config, RECIPE, options, random_text(), folder, random_text(200), quiet=True)
+
+
+def test_resuming_continues_bit_for_bit(tmp_path):
+    """Dropout on: the order of the data and the masks both have to be the same."""
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_at=2)
+    run(tmp_path / "parts", stop_at=5)
+    parts = run(tmp_path / "parts")
+    assert int(parts.step) == 8
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+    logs = [[{k: e[k] for k in ("step", "loss", "grad_norm", "lr")} for e in read_log(tmp_path / f)]
+                 for f in ("whole", "parts")]  # fmt: skip
+    assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == list(range(1, 9))
+    with Checkpoints(tmp_path / "parts") as checkpoints:
+        assert checkpoints.latest == 8
+    assert len(list((tmp_path / "whole" / "checkpoints").glob("[0-9]*"))) == 2
+    loaded = load_run(tmp_path / "parts")
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path):
+    run(tmp_path, stop_at=1)
+    with pytest.raises(ValueError, match="another run.*seed was 0, is 1"):
+        run(tmp_path, seed=1)
+    with pytest.raises(FileNotFoundError, match="run.json"):
+        load_run(tmp_path / "nowhere")
+
+
+def packed(folder: Path) -> Path:
+    write_packed(folder / "text.npy", random_text(4000).tokens, 16000, CONFIG.vocab_size)
+    (folder / "config.json").write_text(CONFIG.to_json())
+    return folder / "text.npy"
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(folder / "config.json"), "--data", str(packed(folder)), "--run", str(folder / "run"),
+            "--batch-size", "4", "--warmup", "1", "--lr", "1e-3", "--log-every", "1", *more]  # fmt: skip
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optjax.train.pretrain", *command(tmp_path, "--steps", "1000000")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not read_log(tmp_path / "run"):
+            assert process.poll() is None and time.monotonic() < deadline, "the run never took a step"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "stopped after step" in said, said
+    steps = [entry["step"] for entry in read_log(tmp_path / "run")]
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest == steps[-1]
+    target = steps[-1] + 2
+    main(command(tmp_path, "--steps", str(target), "--quiet"))
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == list(range(1, target + 1))
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--data", "nowhere.npy"], "optjax.train.pack writes it"),
+        (["--length", "13"], "max_position_embeddings 12"),
+        (["--config", "opt-9b"], "no preset"),
+        (["--steps", "0"], "warmup_steps"),
+    ],
+)
+def test_wrong_options_say_so_without_a_traceback(tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(command(tmp_path, "--steps", "5", *more))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_log_survives_a_torn_last_line(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"st')
+    assert read_log(tmp_path) == [{"step": 1}]
