@@ -164,19 +164,20 @@ class OPTConfig:
 
 def _problems(c: OPTConfig):
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings")
+    bad = set()
     for name in (*sizes, "num_attention_heads", "word_embed_proj_dim", "num_labels"):
         value = getattr(c, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            bad.add(name)
             yield f"{name} should be a positive integer, not {value!r}"
-            return
-    if c.hidden_size % c.num_attention_heads:
+    if not bad & {"hidden_size", "num_attention_heads"} and c.hidden_size % c.num_attention_heads:
         yield f"hidden_size {c.hidden_size} is not divisible by num_attention_heads {c.num_attention_heads}"
     for name in ("dropout", "attention_dropout", "layerdrop"):
         value = getattr(c, name)
         if not isinstance(value, int | float) or not 0 <= value < 1:
             yield f"{name} should be at least 0 and less than 1, not {value!r}"
-    if not isinstance(c.init_std, int | float) or c.init_std < 0:
-        yield f"init_std should not be negative, but is {c.init_std!r}"
+    if not isinstance(c.init_std, int | float) or not 0 <= c.init_std < float("inf"):
+        yield f"init_std should be a number of at least 0, not {c.init_std!r}"
     flags = ("do_layer_norm_before", "_remove_final_layer_norm", "use_cache", "enable_bias")
     for name in (*flags, "layer_norm_elementwise_affine", "tie_word_embeddings"):
         if not isinstance(getattr(c, name), bool):
