@@ -18,9 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optjax.config import OPTConfig
-from optjax.params import Params
+from optjax.params import Params, floating_dtype
 
 LAYOUTS = ("heads", "flat")
 
@@ -75,13 +76,17 @@ def init_cache(
       layout: ``"heads"`` or ``"flat"``; the default backend's by default.
 
     Raises:
-      ValueError: a size is not positive, or the layout is unknown.
+      ValueError: a size is not a positive integer, the dtype is not floating, or the layout is unknown.
     """
+    if not isinstance(params, Params | OPTConfig):
+        raise ValueError(f"a cache is made for params or a config, not for {type(params).__name__}")
     config = params.config if isinstance(params, Params) else params
     if dtype is None:
         dtype = params.dtype if isinstance(params, Params) else jnp.float32
-    if batch_size < 1 or max_length < 1:
-        raise ValueError(f"a cache needs batch_size and max_length of at least 1, got {batch_size} and {max_length}")
+    for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} of a cache should be a positive integer, not {size!r}")
+    dtype = floating_dtype(dtype)
     if layout is None:
         layout = default_layout()
     if layout not in LAYOUTS:

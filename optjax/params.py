@@ -109,10 +109,8 @@ def init_params(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"no initialization scheme {scheme!r}; there are: {', '.join(SCHEMES)}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"weights are floating point; dtype {dtype!r} is not")
     declare(config, head)
-    return _init_params(config, as_key(key), jnp.dtype(dtype), head, stacked, scheme)
+    return _init_params(config, as_key(key), floating_dtype(dtype), head, stacked, scheme)
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))
@@ -177,6 +175,23 @@ def unstack_layers(params: Params) -> Params:
     return dataclasses.replace(params, weights=params.weights | {"layers": layers})
 
 
+def floating_dtype(dtype: Any) -> np.dtype:
+    """A floating dtype from anything that names one.
+
+    Raises:
+      ValueError: it names none.
+    """
+    try:
+        made = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        made = None
+    if made is None or not jnp.issubdtype(made, jnp.floating):
+        raise ValueError(f"expected a floating dtype such as jnp.bfloat16, got {dtype!r}")
+    if jax.dtypes.canonicalize_dtype(made) != made:
+        raise ValueError(f"jax computes in {made} only with jax_enable_x64 on; use float32 or turn it on")
+    return made
+
+
 def as_key(key: Any) -> jax.Array:
     """A typed PRNG key, from one or from the older uint32 form.
 
@@ -186,7 +201,10 @@ def as_key(key: Any) -> jax.Array:
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
         return key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1:
-        return jax.random.wrap_key_data(jnp.asarray(key))
+        try:
+            return jax.random.wrap_key_data(jnp.asarray(key))
+        except TypeError as error:
+            raise ValueError(f"not the data of a PRNG key: {error}") from None
     raise ValueError(f"expected a PRNG key such as jax.random.key(0), got {type(key).__name__}")
 
 
