@@ -18,8 +18,14 @@ from optjax.params import Params
 
 
 def is_concrete(*values: Any) -> bool:
-    """Whether none of the values is a tracer, so that its content may be looked at."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    """Whether the content of all values may be looked at: none is a tracer, or lies on other hosts of a pod."""
+
+    def here(leaf: Any) -> bool:
+        if isinstance(leaf, jax.core.Tracer):
+            return False
+        return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+    return all(here(leaf) for leaf in jax.tree.leaves(values))
 
 
 def check_params(params: Any, heads: tuple[str | None, ...] | None = None) -> Params:
@@ -45,7 +51,7 @@ def as_ids(ids: Any, vocab_size: int, name: str = "ids") -> jax.Array | np.ndarr
     if 0 in array.shape:
         raise ValueError(f"{name} is empty: shape {array.shape}")
     check_range(array, 0, vocab_size, name, "the vocabulary")
-    return array.astype(np.int32)
+    return _cast(array, np.int32)
 
 
 def as_array(value: Any, name: str) -> jax.Array | np.ndarray:
@@ -58,6 +64,13 @@ def as_array(value: Any, name: str) -> jax.Array | np.ndarray:
     if array.dtype == object:
         raise ValueError(f"{name} is not an array of numbers, but {type(value).__name__}")
     return array
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    """The array in another dtype; on the host where it can be, as an operation on the device would be compiled."""
+    if array.dtype == dtype:
+        return array
+    return (np.asarray(array) if is_concrete(array) else array).astype(dtype)
 
 
 def check_range(array: Any, low: int, high: int, name: str, what: str, allowed: int | None = None) -> None:
@@ -81,7 +94,7 @@ def as_mask(mask: Any, shape: tuple[int, int], name: str = "attention_mask") -> 
         raise ValueError(f"{name} should have shape {shape}, as the ids of this call have, got {array.shape}")
     if array.dtype != bool and not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} should be bool or int, got {array.dtype}")
-    return array != 0
+    return _cast(array, bool)
 
 
 def as_head_mask(head_mask: Any, config: OPTConfig) -> jax.Array | np.ndarray:
@@ -90,7 +103,9 @@ def as_head_mask(head_mask: Any, config: OPTConfig) -> jax.Array | np.ndarray:
     full = (config.num_hidden_layers, config.num_attention_heads)
     if array.shape not in (full, full[1:]):
         raise ValueError(f"head_mask should have shape {full} or {full[1:]}, got {array.shape}")
-    return jnp.broadcast_to(array, full)
+    if array.dtype != bool and not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise ValueError(f"head_mask should be bool, int or floating point, got {array.dtype}")
+    return np.broadcast_to(np.asarray(array), full) if is_concrete(array) else jnp.broadcast_to(array, full)
 
 
 def check_positions(
