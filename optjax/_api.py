@@ -8,12 +8,14 @@ from optjax.generation import GenerateOutput, decode_step, generate, prefill, st
 from optjax.heads import causal_lm, question_answering, sequence_classification
 from optjax.model import forward
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
+from optjax.tokenizer import Tokenizer
 
 __all__ = [
     "Cache",
     "GenerateOutput",
     "OPTConfig",
     "Params",
+    "Tokenizer",
     "Weight",
     "abstract_params",
     "causal_lm",
