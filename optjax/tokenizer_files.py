@@ -125,8 +125,8 @@ def _add_bos(backend: tokenizers.Tokenizer, bos: str | None) -> None:
     id = None if bos is None else backend.token_to_id(bos)
     if bos is None or id is None:
         raise ValueError(f"the BOS {bos!r} is not in the vocabulary of {backend.get_vocab_size()} entries")
-    # Ids instead of names in the template would not do: the library wants the token itself.
-    backend.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, id)])
+    single, pair = [bos, "$A"], [bos, "$A", "$B:1"]
+    backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[(bos, id)])
 
 
 def _special_names(folder: Path, settings: dict[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str | None]:

@@ -292,12 +292,14 @@ def test_save_is_read_by_transformers_and_by_us(real: Tokenizer, tmp_path: Path)
         assert len(reader) == 50265 and (reader.bos_token_id, reader.eos_token_id, reader.pad_token_id) == (2, 2, 1)
 
 
-def test_galactica_loads_as_it_is(tmp_path: Path):
+@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), None])
+def test_galactica_loads_as_it_is(tmp_path: Path, normalizer):
     """Galactica: four special tokens named by config.json alone, digits split, nothing before a text."""
     from transformers import AutoTokenizer
 
     backend = train()
-    backend.normalizer = normalizers.NFKC()
+    if normalizer is not None:
+        backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -330,6 +332,10 @@ def test_bos_is_added_once_whatever_the_file_does(tmp_path: Path):
     assert Tokenizer.load(tmp_path).encode("the text") == [2, *plain]
     (tmp_path / "tokenizer_config.json").unlink()
     assert Tokenizer.load(tmp_path).encode("the text") == [2, *plain]
+    bare.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    bare.save(str(tmp_path / "tokenizer.json"))
+    save_config(tmp_path, "tokenizer_config.json", add_bos_token=True, bos_token="<unk>")
+    assert Tokenizer.load(tmp_path).encode("the text") == [0, *plain, 2]  # what a file adds already is left to it
 
 
 def test_two_files_get_one_bos_unless_told(tmp_path: Path):
@@ -357,6 +363,22 @@ def test_added_tokens_follow_the_vocabulary(tmp_path: Path):
         ValueError, match=rf"added_tokens.json gives '\[A\]' id {size + 5}; after vocab.json it is {size}"
     ):
         Tokenizer.load(tmp_path)
+
+
+def test_the_most_specific_file_names_the_special_tokens(tmp_path: Path):
+    train(tmp_path)
+
+    def loaded() -> tuple[int, int, int | None]:
+        tokenizer = Tokenizer.load(tmp_path)
+        return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    assert loaded() == (2, 2, 1)
+    save_config(tmp_path, "config.json", bos_token_id=3, eos_token_id=[2, 0], pad_token_id=0)
+    assert loaded() == (3, 2, 0)
+    save_config(tmp_path, "special_tokens_map.json", bos_token="<pad>", eos_token={"content": "<s>"})
+    assert loaded() == (1, 0, 0)
+    save_config(tmp_path, "tokenizer_config.json", bos_token={"content": "<s>"}, eos_token=None)
+    assert loaded() == (0, 0, 0)
 
 
 def test_settings_of_an_earlier_run_do_not_come_along(tmp_path: Path):
