@@ -20,11 +20,12 @@ from .state import TrainState, init_state
 
 
 class Checkpoints:
-    """The checkpoints of one run; the latest `keep` stay. Use as a context manager: leaving it waits for the writes."""
+    """The checkpoints of one run; the latest `keep` stay. Use as a context manager: leaving it closes them."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # Written before `save` returns: the next step gives the state's buffers away.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -43,7 +44,6 @@ class Checkpoints:
         step = int(state.step)
         if step != self.latest:
             self._manager.save(step, args=ocp.args.StandardSave(state))
-            self._manager.wait_until_finished()  # the next step gives the state's buffers away
 
     def restore(self, config: OPTConfig, recipe: Recipe, *, stacked: bool) -> TrainState:
         """The newest state.

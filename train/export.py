@@ -1,0 +1,58 @@
+"""Writes the weights of a run as a Hugging Face checkpoint, which optjax and transformers load.
+
+  python -m optjax.train.export --run runs/first --out my-opt --dtype float16 --tokenizer folder
+
+takes the newest checkpoint; the run may still be going on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from optjax import save_params, unstack_layers
+from optjax.params import Params
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def export(params: Params, folder: str | Path, dtype: str = "float32", tokenizer: str | Path | None = None) -> None:
+    """Writes params in a dtype, and copies the tokenizer's files along.
+
+    Raises:
+      ValueError: a weight is too large for the dtype.
+      FileNotFoundError: the tokenizer's folder has no tokenizer in it.
+    """
+    files = [] if tokenizer is None else [f for f in TOKENIZER_FILES if (Path(tokenizer) / f).is_file()]
+    if tokenizer is not None and not {"tokenizer.json", "vocab.json"} & set(files):
+        raise FileNotFoundError(f"no tokenizer.json and no vocab.json in {tokenizer}")
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), unstack_layers(params))
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(cast)):
+        raise ValueError(f"some weights are not finite in {dtype}; export in float32 or bfloat16")
+    save_params(cast, folder)
+    for file in files:
+        if (Path(tokenizer or "") / file).resolve() != (Path(folder) / file).resolve():
+            shutil.copyfile(Path(tokenizer or "") / file, Path(folder) / file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    from .checkpoint import load_run
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="of optjax.train.pretrain")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made if need be")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer files to copy along")
+    args = parser.parse_args(argv)
+    try:
+        export(load_run(args.run), args.out, args.dtype, args.tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
