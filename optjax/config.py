@@ -78,7 +78,7 @@ class OPTConfig:
         return self.embed_dim != self.hidden_size
 
     def replace(self, **changes: Any) -> OPTConfig:
-        """A copy with some fields changed. ``hidden_size`` carries ``word_embed_proj_dim`` along where they were equal."""
+        """A copy with fields changed; ``hidden_size`` takes ``word_embed_proj_dim`` along where they were equal."""
         if "hidden_size" in changes and not self.has_projections:
             changes.setdefault("word_embed_proj_dim", None)
         return dataclasses.replace(self, **changes)
