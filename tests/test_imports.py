@@ -58,8 +58,9 @@ def test_heavy_imports_are_lazy(module: Module):
         )
 
 
-def test_import_loads_nothing_heavy():
-    program = f"import sys, optjax; optjax.forward; print([name for name in {HEAVY} if name in sys.modules])"
+@pytest.mark.parametrize("use", ["import optjax", "import optjax; optjax.generate", "import optjax.sharding"])
+def test_import_loads_nothing_heavy(use: str):
+    program = f"import sys; {use}; print([name for name in {HEAVY} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert run.stdout.strip() == "[]"
 
