@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from optjax import OPTConfig, init_params
 from optjax.params import stack_layers, unstack_layers
 from optjax.train.checkpoint import Checkpoints, load_run

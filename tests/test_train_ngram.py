@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from optjax.train.opt_mini.baselines import xz_size_after
 from optjax.train.opt_mini.ngram import ByteNgram, check_distribution
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
 from optjax.config import OPTConfig
 from optjax.params import Params, abstract_params
 

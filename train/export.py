@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
 from optjax import save_params, unstack_layers
 from optjax.params import Params
 
@@ -41,7 +42,9 @@ def export(params: Params, folder: str | Path, dtype: str = "float32", tokenizer
 def main(argv: list[str] | None = None) -> None:
     from .checkpoint import load_run
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m optjax.train.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="of optjax.train.pretrain")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made if need be")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from optjax.heads import causal_lm, cross_entropy
 from optjax.params import Params
 

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+
 from optjax.config import OPTConfig
 from optjax.params import Params, build_params
 

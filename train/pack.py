@@ -31,28 +31,28 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m optjax.train.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=Path, required=True, metavar="FILE", help=".jsonl or .txt")
-    parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="folder with tokenizer.json")
+    parser.add_argument("--tokenizer", required=True, metavar="SOURCE", help="folder, hub id or opt-mini")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npy to write")
-    parser.add_argument("--eos", default="</s>", help="token that ends a document (default: %(default)s)")
     args = parser.parse_args(argv)
-    from rich.progress import track
-    from tokenizers import Tokenizer
-
-    file = args.tokenizer / "tokenizer.json"
-    for needed in (args.documents, file):
-        if not needed.is_file():
-            parser.error(f"{needed} is not there")
+    if not args.documents.is_file():
+        parser.error(f"{args.documents} is not there")
     if args.out.suffix != ".npy":
         parser.error(f"--out should end in .npy, not {args.out.name}")
-    tokenizer = Tokenizer.from_file(str(file))
-    eos = tokenizer.token_to_id(args.eos)
-    if eos is None:
-        parser.error(f"the tokenizer has no token {args.eos!r}")
-    documents = track(read_documents(args.documents), description="packing", total=None)
-    tokens, size = data.pack(documents, tokenizer, eos)
-    data.write_packed(args.out, tokens, size, tokenizer.get_vocab_size())
+    from rich.progress import track
+
+    from optjax.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(args.tokenizer)
+        documents = track(read_documents(args.documents), description="packing", total=None)
+        tokens, size = data.pack(documents, tokenizer.backend, tokenizer.eos_token_id)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    data.write_packed(args.out, tokens, size, tokenizer.backend.get_vocab_size())
     print(f"{args.out}: {len(tokens):,} tokens of {size:,} bytes, {size / max(1, len(tokens)):.3f} bytes/token")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from optjax.config import OPTConfig
 from optjax.params import init_params
 
@@ -62,7 +63,9 @@ def pretrain(
     """
     for each in (text, validation):
         if each is not None and each.length > config.max_position_embeddings:
-            raise ValueError(f"records of {each.length} tokens, but max_position_embeddings {config.max_position_embeddings}")
+            raise ValueError(
+                f"records of {each.length} tokens, but max_position_embeddings {config.max_position_embeddings}"
+            )
     text.batch(options.seed, 0, options.batch_size)  # too small a text is an error before a folder is made
     about = {"config": config.to_dict(), "seed": options.seed, "stacked": options.stacked, "init": options.init_scheme}
     remember_run(folder, about)
@@ -142,11 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what is trained, on what")
     group.add_argument("--config", required=True, metavar="FILE", help="config.json, or a preset such as opt-125m")
     group.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npy of optjax.train.pack")
-    group.add_argument("--validation", type=Path, metavar="FILE", help="another .npy, measured every --eval-every steps")
+    group.add_argument(
+        "--validation", type=Path, metavar="FILE", help="another .npy, measured every --eval-every steps"
+    )
     group.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="checkpoints and log.jsonl go here")
     group.add_argument("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout (0)")
     group.add_argument("--init", choices=["hf", "paper"], default="paper", help="initialization scheme (paper)")
-    group.add_argument("--stacked", action="store_true", help="scan over stacked layers: compiles faster, for deep models")
+    group.add_argument(
+        "--stacked", action="store_true", help="scan over stacked layers: compiles faster, for deep models"
+    )
 
     group = parser.add_argument_group("how long")
     group.add_argument("--steps", type=int, required=True, help="steps in all; the learning rate ends its fall there")

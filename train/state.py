@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
 from optjax.params import Params
 
 from .loss import next_token_loss
@@ -44,7 +45,8 @@ def train_step(state: TrainState, records: jax.Array, recipe: Recipe, seed: int 
     `seed` matters where the config has dropout: a step's mask is a function of seed and step.
 
     Returns:
-      The new state, and float32 scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping), `lr`.
+      The new state, and float32 scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping)
+      and `lr`.
     """
     config = state.params.config
     random = config.dropout > 0 or config.attention_dropout > 0 or config.layerdrop > 0

@@ -31,7 +31,11 @@ def xz_size_after(known: bytes, text: bytes) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m optjax.train.opt_mini.baselines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of optjax.train.opt_mini.corpus")
     parser.add_argument("--orders", type=int, nargs="+", default=[4, 5], help="of the n-gram models (4 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which xz reads the training documents")

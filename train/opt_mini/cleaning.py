@@ -81,7 +81,9 @@ def documents(raw: bytes) -> list[str]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected a book in UTF-8, found a byte that is not ({error}); convert the file first") from None
+        raise ValueError(
+            f"expected a book in UTF-8, found a byte that is not ({error}); convert the file first"
+        ) from None
     found: list[list[str]] = [[]]
     for paragraph in paragraphs(normalise(text)):
         if is_heading(paragraph):

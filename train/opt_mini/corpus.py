@@ -52,7 +52,11 @@ def whole_text(texts: list[str]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m optjax.train.opt_mini.corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--corpus", type=Path, required=True, help="tar archive (any compression) of the books")
     parser.add_argument("--out", type=Path, required=True, help="folder for the three .jsonl files")
     args = parser.parse_args()
@@ -66,7 +70,9 @@ def main() -> None:
         splits[split_of(name)] += [(Path(name).stem, text) for text in cleaning.documents(raw)]
     for split, found in splits.items():
         if not found:
-            parser.error(f"{args.corpus} has no text for the split {split!r}: expected {HELD_OUT} and {VALIDATION} in it")
+            parser.error(
+                f"{args.corpus} has no text for the split {split!r}: expected {HELD_OUT} and {VALIDATION} in it"
+            )
         with open(args.out / f"{split}.jsonl", "w", encoding="utf-8") as out:
             for source, text in found:
                 out.write(json.dumps({"source": source, "text": text}, ensure_ascii=False) + "\n")

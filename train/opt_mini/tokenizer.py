@@ -60,7 +60,11 @@ def save_tokenizer(tokenizer, folder: Path, max_length: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m optjax.train.opt_mini.tokenizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--documents", type=Path, required=True, help="train.jsonl of the corpus program")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--vocab-size", type=int, default=8192, help="entries, the four special ones included")
@@ -73,7 +77,8 @@ def main() -> None:
     save_tokenizer(tokenizer, args.out, args.max_length)
     sample = texts[:: max(1, len(texts) // 200)]
     count = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(sample))
-    print(f"{args.out}: {tokenizer.get_vocab_size()} entries, {sum(len(t.encode()) for t in sample) / count:.2f} bytes/token")
+    ratio = sum(len(text.encode()) for text in sample) / count
+    print(f"{args.out}: {tokenizer.get_vocab_size()} entries, {ratio:.2f} bytes per token")
 
 
 if __name__ == "__main__":
