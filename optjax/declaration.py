@@ -64,8 +64,10 @@ def declare(config: OPTConfig, head: str | None = "causal_lm") -> tuple[Weight, 
     Logical axes: vocab, embed (E), model (D), heads (H·K), mlp (F), position, labels.
 
     Raises:
-      ValueError: there is no such head.
+      ValueError: there is no such head, or the config is none.
     """
+    if not isinstance(config, OPTConfig):
+        raise ValueError(f"expected an OPTConfig, got {type(config).__name__}")
     if head not in HEADS:
         raise ValueError(f"no head named {head!r}; there are: {', '.join(map(repr, HEADS))}")
     d, e, f, v = config.hidden_size, config.embed_dim, config.ffn_dim, config.vocab_size
