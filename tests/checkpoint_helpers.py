@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from hf_models import torch_model
 
 from optjax import OPTConfig, Params
+from optjax.params import build_params
 
 PRE_NORM = OPTConfig(
     vocab_size=61,
@@ -37,6 +39,23 @@ def make_state(
     if not config.layer_norm_elementwise_affine:
         state = {name: w for name, w in state.items() if "norm" not in name}
     return state
+
+
+def make_params(
+    config: OPTConfig, head: str | None = "causal_lm", dtype: str = "float32", seed: int = 0, stacked: bool = False
+) -> Params:
+    """Params with the weights of `make_state`; nothing is compiled."""
+    state = {name: w.numpy().astype(jnp.dtype(dtype)) for name, w in make_state(config, head, seed).items()}
+
+    def leaf(weight: Any, layer: int | None) -> jax.Array:
+        if weight.per_layer and stacked:
+            paths = [weight.path.replace("layers.", f"layers.{i}.", 1) for i in range(config.num_hidden_layers)]
+            return jnp.asarray(np.stack([state[path] for path in paths]))
+        return jnp.asarray(
+            state[weight.path if layer is None else weight.path.replace("layers.", f"layers.{layer}.", 1)]
+        )
+
+    return build_params(config, head, leaf, stacked=stacked)
 
 
 def write_config(config: OPTConfig, folder: Path, head: str | None = "causal_lm", **more: Any) -> Path:

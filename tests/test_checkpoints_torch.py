@@ -265,7 +265,7 @@ def test_config_from_the_caller(tmp_path, with_config):
 
 
 def test_config_from_the_shapes_of_a_published_size(tmp_path):
-    """350m's 388 tensors, but with one and the same storage of few values behind each shape: only shapes matter here."""
+    """Only shapes matter here, so no weights are made."""
     from optjax.checkpoints.derive import derive_config
     from optjax.checkpoints.match import expected
     from optjax.checkpoints.tensors import FileTensor
