@@ -10,12 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.checkpoints.contents import Contents, open_contents
-from optjax.checkpoints.derive import derive_config
-from optjax.checkpoints.detect import find_checkpoint
-from optjax.checkpoints.errors import CheckpointError, reading
 from optjax.checkpoints.hub import resolve_source
-from optjax.checkpoints.match import choose_head, match
+from optjax.checkpoints.open import open_checkpoint
 from optjax.checkpoints.place import placer, stack
 from optjax.checkpoints.progress import progress_bar
 from optjax.config import OPTConfig
@@ -66,15 +62,12 @@ def load_params(
     """
     dtype = None if dtype is None else _floating(dtype)
     key = None if key is None else as_key(key)
-    found = find_checkpoint(resolve_source(source, revision=revision, token=token))
-    contents = open_contents(found)
-    config = _config(config, found.folder, contents)
-    head = choose_head(config, contents) if head is None else (None if head == "base" else head)
-    plan = match(contents, config, head, create_head=key is not None)
+    path = resolve_source(source, revision=revision, token=token)
+    opened = open_checkpoint(path, head, config, create_head=key is not None)
+    config, head, plan = opened.config, opened.head, opened.plan
     place = placer(config, head, mesh, rules)
-    total = sum(t.nbytes for t in plan.tensors.values())
 
-    with progress_bar(total, f"loading {Path(source).name}", progress) as advance:
+    with progress_bar(opened.nbytes, f"loading {Path(source).name}", progress) as advance:
 
         def leaf(weight: Weight, layer: int | None) -> jax.Array:
             if weight in plan.created:
@@ -113,30 +106,6 @@ def _floating(dtype: Any) -> np.dtype:
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise ValueError(f"dtype {dtype!r} needs jax.config.update('jax_enable_x64', True)")
     return jnp.dtype(dtype)
-
-
-def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> OPTConfig:
-    if isinstance(given, OPTConfig):
-        return given
-    if given is not None:
-        return OPTConfig.preset(given)
-    if (folder / "config.json").is_file():
-        try:
-            config = OPTConfig.from_json(folder)
-        except ValueError:
-            raise
-        except Exception as error:  # Values of the wrong type can fail in any way.
-            raise CheckpointError(f"{folder / 'config.json'} describes no OPT model: {error}") from error
-        if "quantization_config" in dict(config.extra):
-            raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
-        return config
-    with reading(folder):
-        derived = derive_config(contents.tensors, contents.arguments)
-    if derived is not None:
-        return derived
-    raise FileNotFoundError(
-        f"{folder} has no config.json: pass config=, an OPTConfig or the name of a preset such as 'opt-125m'"
-    )
 
 
 def _kept(dtype: np.dtype) -> np.dtype:

@@ -17,6 +17,7 @@ import numpy as np
 from optjax.checkpoints.detect import WEIGHTS_NAMES
 from optjax.checkpoints.entries import Entry, flax_entries, torch_entries
 from optjax.checkpoints.flax_writer import write_flax
+from optjax.checkpoints.lazy import LazyTensor
 from optjax.checkpoints.safetensors_writer import write_safetensors
 from optjax.params import Params
 
@@ -61,7 +62,7 @@ def save_params(
     if format not in _FORMATS:
         raise ValueError(f"no format {format!r} to write; there are: {', '.join(_FORMATS)}")
     leaves = jax.tree.leaves(params)
-    if any(isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray) for x in leaves):
+    if any(isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray | LazyTensor) for x in leaves):
         raise ValueError("params hold something that is no array of values (abstract_params? inside jit?)")
     limit = parse_size(max_shard_size)
     write, make_entries = _FORMATS[format]

@@ -1,0 +1,70 @@
+"""A checkpoint with its headers read and checked against its config, and none of its weights read yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from optjax.checkpoints.contents import Contents, open_contents
+from optjax.checkpoints.derive import derive_config
+from optjax.checkpoints.detect import Found, find_checkpoint
+from optjax.checkpoints.errors import CheckpointError, reading
+from optjax.checkpoints.match import Match, choose_head, match
+from optjax.config import OPTConfig
+
+
+@dataclass
+class Opened:
+    """A checkpoint that is complete: its files, its config, its head, and the tensor of every weight."""
+
+    found: Found
+    config: OPTConfig
+    head: str | None
+    plan: Match
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights as they lie in the files."""
+        return sum(tensor.nbytes for tensor in self.plan.tensors.values())
+
+
+def open_checkpoint(
+    path: Path, head: str | None = None, config: OPTConfig | str | None = None, *, create_head: bool = False
+) -> Opened:
+    """The checkpoint at a path; head and config as of `load_params`.
+
+    Raises:
+      FileNotFoundError: no checkpoint, or no config, is there.
+      ValueError: there is no such head or preset.
+      CheckpointError: a file is broken, or tensors do not fit the config. A head that the files lack is one of those,
+        unless ``create_head``.
+    """
+    found = find_checkpoint(path)
+    contents = open_contents(found)
+    config = _config(config, found.folder, contents)
+    head = choose_head(config, contents) if head is None else (None if head == "base" else head)
+    return Opened(found, config, head, match(contents, config, head, create_head=create_head))
+
+
+def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> OPTConfig:
+    if isinstance(given, OPTConfig):
+        return given
+    if given is not None:
+        return OPTConfig.preset(given)
+    if (folder / "config.json").is_file():
+        try:
+            config = OPTConfig.from_json(folder)
+        except ValueError:
+            raise
+        except Exception as error:  # Values of the wrong type can fail in any way.
+            raise CheckpointError(f"{folder / 'config.json'} describes no OPT model: {error}") from error
+        if "quantization_config" in dict(config.extra):
+            raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
+        return config
+    with reading(folder):
+        derived = derive_config(contents.tensors, contents.arguments)
+    if derived is not None:
+        return derived
+    raise FileNotFoundError(
+        f"{folder} has no config.json: pass config=, an OPTConfig or the name of a preset such as 'opt-125m'"
+    )
