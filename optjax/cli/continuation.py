@@ -1,0 +1,148 @@
+"""The work of ``optjax generate``: loads a model, streams tokens, prints texts and how long it took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+import optjax
+from optjax.cli import terminal
+from optjax.cli.compilation_cache import keep_compiled_programs
+from optjax.cli.generate import MODEL, TOKENS, describe_sampling
+
+
+@dataclass
+class Stats:
+    """How many tokens there were and how long they took; compiling counts for the first one."""
+
+    texts: int = 0
+    tokens: int = 0
+    first: float | None = None
+    others: float = 0.0
+
+    def timed(self, steps: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+        """The steps of a batch as they are, watched."""
+        self.texts += rows
+        began = time.perf_counter()
+        for step, tokens in enumerate(steps):
+            now = time.perf_counter()
+            if self.first is None:
+                self.first = now - began
+            if step:
+                self.others += now - began
+            began = now
+            yield tokens
+
+    def __str__(self) -> str:
+        among = f" in {self.texts} texts" if self.texts > 1 else ""
+        speed = f", then {(self.tokens - self.texts) / self.others:,.0f} tokens/s" if self.others else ""
+        return f"{self.tokens} tokens{among}: the first after {self.first or 0:.2f} s{speed}"
+
+
+class Continuation:
+    """A model that is ready to continue prompts as the arguments say."""
+
+    def __init__(self, arguments: argparse.Namespace, options: dict[str, Any]):
+        self.arguments = arguments
+        if arguments.compile_cache:
+            keep_compiled_programs()
+        dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        # The tokenizer first: it is soon there, and where it is not, nobody waits for the weights.
+        self.tokenizer = optjax.Tokenizer.load(arguments.tokenizer or arguments.model, revision=arguments.revision)
+        progress = False if arguments.quiet else None
+        self.params = optjax.load_params(
+            arguments.model, dtype, "causal_lm", revision=arguments.revision, progress=progress
+        )
+        self.config = self.params.config
+        self.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+        # Rows of the embedding that the tokenizer cannot decode must not come (transformers issue 18268).
+        self.options = options | {"suppress_tokens": self.tokenizer.unused_ids(self.config.vocab_size)}
+        self.stats = Stats()
+        if not arguments.quiet:
+            terminal.note(self._title(dtype))
+
+    def _title(self, dtype: str) -> str:
+        name = self.arguments.model
+        size = f"{optjax.count_params(self.config) / 1e6:,.1f}M parameters, {dtype} on {jax.default_backend()}"
+        other = "; it ships with optjax, --model takes others" if name == MODEL else ""
+        return f"{name}: {size}{other}\n{describe_sampling(self.options, self.seed)}"
+
+    def write(self, prompts: list[str]) -> None:
+        """Prints the continuations of all prompts, batch after batch."""
+        tokens = self._room(prompts)
+        samples, size = self.arguments.num_return_sequences, self.arguments.batch_size
+        total = len(prompts) * samples
+        # The first batch's key is the plain one, so that optjax.generate gives the same text.
+        first_key = jax.random.key(self.seed)
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            key = jax.random.fold_in(first_key, start) if start else first_key
+            steps = optjax.stream(self.params, *self.tokenizer(batch), max_new_tokens=tokens, key=key, **self.options)
+            steps = self.stats.timed(steps, len(batch) * samples)
+            if total == 1 and not self.arguments.jsonl:
+                self._write_as_it_comes(batch[0], steps)
+            else:
+                self._write_when_done(batch, steps, start * samples, total)
+        if self.arguments.stats or (sys.stderr.isatty() and not self.arguments.quiet):
+            terminal.note(str(self.stats))
+
+    def _room(self, prompts: list[str]) -> int:
+        """How many tokens to add at most.
+
+        Raises:
+          ValueError: a prompt leaves no room, or less than was asked for.
+        """
+        lengths = [len(self.tokenizer.encode(prompt)) for prompt in prompts]
+        longest, limit, asked = max(lengths), self.config.max_position_embeddings, self.arguments.max_new_tokens
+        if longest + (asked or 1) > limit:
+            text = prompts[lengths.index(longest)]
+            text = repr(text if len(text) < 40 else text[:40] + "…")
+            advice = f"ask for --max-new-tokens {limit - longest} or less" if longest < limit else "shorten the prompt"
+            raise ValueError(
+                f"{self.arguments.model} has {limit} positions, and the prompt {text} of {longest} tokens with "
+                f"{asked or 1} new ones needs {longest + (asked or 1)}; {advice}"
+            )
+        return asked or min(TOKENS, limit - longest)
+
+    def _write_as_it_comes(self, prompt: str, steps: Iterator[np.ndarray]) -> None:
+        if self.arguments.echo:
+            terminal.write(prompt, style="1")
+        decoder = self.tokenizer.stream_decoder()
+        for [token] in steps:
+            self.stats.tokens += 1
+            terminal.write(decoder.push(int(token)))
+        terminal.write(decoder.finish() + "\n")
+
+    def _write_when_done(self, prompts: list[str], steps: Iterator[np.ndarray], done: int, total: int) -> None:
+        samples = self.arguments.num_return_sequences
+        rows: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+        for step, tokens in enumerate(steps, 1):
+            for row, token in zip(rows, tokens, strict=True):
+                if not self._has_ended(row):
+                    row.append(int(token))
+            if not self.arguments.quiet:
+                terminal.status(f"{done} of {total} texts done; token {step} of the next {len(rows)}")
+        terminal.status("")
+        self.stats.tokens += sum(map(len, rows))
+        for i, row in enumerate(rows):
+            prompt, text = prompts[i // samples], self.tokenizer.decode(row)
+            if self.arguments.jsonl:
+                reason = "eos" if self._has_ended(row) else "length"
+                line = {"prompt": prompt, "text": text, "tokens": len(row), "finish_reason": reason}
+                terminal.write(json.dumps(line, ensure_ascii=False) + "\n")
+            else:
+                echo = prompt if self.arguments.echo else ""
+                terminal.write(f"==> {done + i + 1} of {total} <==\n{echo}{text}\n")
+
+    def _has_ended(self, row: list[int]) -> bool:
+        eos = self.options.get("eos_token_id", self.config.eos_token_id)
+        return bool(row) and row[-1] in ([eos] if isinstance(eos, int) else list(eos or ()))

@@ -1,0 +1,172 @@
+"""``optjax convert``: a checkpoint of any format, written as Hugging Face lays it out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optjax.cli import terminal
+from optjax.cli.arguments import DTYPES, add_revision
+from optjax.cli.terminal import UsageError
+
+if TYPE_CHECKING:
+    from optjax.checkpoints.open import Opened
+    from optjax.config import OPTConfig
+
+SUMMARY = "write a checkpoint of any format in the Hugging Face layout"
+OPERANDS = "SOURCE DEST"
+TEXT = """\
+Reads a checkpoint of any format that optjax knows and writes it as Hugging Face
+lays it out, with its tokenizer; transformers loads the result.
+
+Read: safetensors and .bin, Flax .msgpack, TF .h5 (one file or many), metaseq .pt
+(consolidated, model-parallel parts, FSDP shards), Alpa's folder of arrays.
+Tensors pass through memory one at a time: a checkpoint may be larger than it.
+"""
+EXAMPLES = """\
+examples:
+  optjax convert facebook/opt-125m opt-125m
+  optjax convert metaseq/reshard.pt opt-350m --tokenizer facebook/opt-350m
+  optjax convert opt-13b opt-13b-bf16 --dtype bfloat16 --max-shard-size 2GB
+  optjax convert opt-125m opt-125m-flax --format flax
+
+DEST appears when all of it is written; a failure leaves nothing behind.
+"""
+HEADS = ("causal_lm", "sequence_classification", "question_answering", "base")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder, a file, a hub id such as facebook/opt-125m, or opt-mini")
+    add("dest", metavar="DEST", type=Path, help="the folder to write; new or empty")
+    add("--format", choices=("safetensors", "flax"), default="safetensors", help="to write (default: safetensors)")
+    add("--dtype", choices=DTYPES, help="cast the weights (default: as they are)")
+    add("--head", choices=HEADS, help="the head to keep, base for none (default: the checkpoint's)")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 500MB (default: 5GB)")
+    text = "a published size's name or a config.json, where the checkpoint has none or a wrong one"
+    add("--config", metavar="NAME", help=text)
+    add("--tokenizer", metavar="SOURCE", help="where the tokenizer is, if not with the checkpoint")
+    add_revision(add)
+    text = "write into a DEST that is not empty: files of the same names are replaced, others stay"
+    add("--force", action="store_true", help=text)
+    add("-q", "--quiet", action="store_true", help="nothing on standard error but errors")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    dest: Path = arguments.dest.expanduser()
+    if dest.exists() and not dest.is_dir():
+        raise UsageError(f"{dest} is a file; a checkpoint is written to a folder")
+    replaces = dest.exists() and any(dest.iterdir())
+    if replaces and not arguments.force:
+        raise UsageError(f"{dest} is not empty; name another folder, or replace what is in it with --force")
+
+    from optjax.checkpoints.hub import resolve_source
+    from optjax.checkpoints.lazy import lazy_params
+    from optjax.checkpoints.progress import progress_bar
+    from optjax.checkpoints.save import parse_size, save_params
+
+    parse_size(arguments.max_shard_size)
+    path = resolve_source(arguments.source, revision=arguments.revision)
+    opened = _open(path, arguments)
+    files = _tokenizer_files(path, arguments)
+    show = sys.stderr.isatty() and not arguments.quiet
+    with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show) as advance:
+        params = lazy_params(opened, arguments.dtype, advance)
+        options = {"format": arguments.format, "max_shard_size": arguments.max_shard_size}
+        if replaces:
+            save_params(params, dest, **options)
+            _copy(files, dest)
+        else:
+            with _new_folder(dest) as staging:
+                save_params(params, staging, **options)
+                _copy(files, staging)
+    if not arguments.quiet:
+        _summarize(opened, files, dest)
+    return 0
+
+
+def _open(path: Path, arguments: argparse.Namespace) -> Opened:
+    """The checkpoint; errors in the words of the command line, not of `load_params`."""
+    from optjax.checkpoints.errors import CheckpointError
+    from optjax.checkpoints.open import open_checkpoint
+
+    try:
+        return open_checkpoint(path, arguments.head, _config(arguments.config))
+    except (CheckpointError, FileNotFoundError) as error:
+        text = str(error).replace("pass key=jax.random.key(0) to create one", "choose another --head")
+        text = text.replace("pass config=, an OPTConfig or the name of a preset such as", "pass --config, such as")
+        raise type(error)(text) from error
+
+
+def _config(name: str | None) -> OPTConfig | str | None:
+    if name is None or not Path(name).expanduser().exists():
+        return name
+    from optjax.config import OPTConfig
+
+    return OPTConfig.from_json(Path(name).expanduser())
+
+
+def _tokenizer_files(path: Path, arguments: argparse.Namespace) -> list[Path]:
+    """The files of the tokenizer, as they are; none where there is no tokenizer and none is asked for."""
+    from optjax import tokenizer_files as names
+
+    if arguments.tokenizer is not None:
+        folder = names.locate(arguments.tokenizer, None, None)
+    else:
+        folder = path if path.is_dir() else path.parent
+    files = {name: folder / name for name in (names.FULL, names.VOCAB, names.MERGES, names.ADDED)}
+    files |= {name: folder / name for name in (names.SETTINGS, names.NAMES)}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if names.FULL in files or (names.VOCAB in files and names.MERGES in files):
+        return list(files.values())
+    if arguments.tokenizer is not None:
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}: looked for {names.FULL}, or {names.VOCAB} and {names.MERGES}"
+        )
+    if not arguments.quiet:
+        terminal.note("there is no tokenizer with the checkpoint: the result has none; --tokenizer names one")
+    return []
+
+
+@contextmanager
+def _new_folder(dest: Path) -> Iterator[Path]:
+    """A folder beside ``dest`` that takes its name at the end, or goes away if anything fails."""
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    try:
+        yield staging
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)  # mkdtemp's folders are for one user only
+        if dest.exists():
+            dest.rmdir()
+        staging.rename(dest)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _copy(files: list[Path], folder: Path) -> None:
+    for file in files:
+        target = folder / file.name
+        if not target.exists() or not target.samefile(file):
+            shutil.copyfile(file, folder / f".{file.name}.new")
+            os.replace(folder / f".{file.name}.new", target)
+
+
+def _summarize(opened: Opened, tokenizer: list[Path], dest: Path) -> None:
+    from optjax.cli.units import count, size
+    from optjax.declaration import count_params
+
+    files = [path for path in dest.iterdir() if path.is_file()]
+    total = size(sum(path.stat().st_size for path in files))
+    parameters = count(count_params(opened.config, opened.head))
+    extra = ", with the tokenizer" if tokenizer else ""
+    terminal.note(f"{dest}: {parameters} parameters from {opened.found.format}, {len(files)} files of {total}{extra}")

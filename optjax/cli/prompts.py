@@ -1,0 +1,70 @@
+"""Which texts to continue: an argument, a file, or what is piped in."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from optjax.cli.terminal import UsageError, note
+
+SAMPLE = "The old house stood at the end of the road, and"
+
+
+def read_prompts(words: Sequence[str], file: str | None, *, quiet: bool = False) -> list[str]:
+    """The prompts, at least one.
+
+    An argument is one prompt; a file (``-``: standard input) has one on each line, empty lines left out; what is piped
+    in without either is one prompt as a whole, less the line's end. A person who gives nothing gets a sample.
+
+    Raises:
+      UsageError: several arguments, an argument and a file, a file or a pipe without a prompt.
+      ValueError: not UTF-8.
+      OSError: the file cannot be read.
+    """
+    if len(words) > 1:
+        raise UsageError(f'several prompts are given; put one in quotes: "{" ".join(words)}", or many in a --file')
+    if words and file is not None:
+        raise UsageError("give either a PROMPT or --file, not both")
+    if words:
+        return list(words)
+    if file is not None:
+        name = "standard input" if file == "-" else file
+        data = _read_stdin() if file == "-" else Path(file).expanduser().read_bytes()
+        # Not splitlines, which also splits at characters that may stand within a text.
+        prompts = [line.removesuffix("\r") for line in _decode(data, name).split("\n") if line.strip()]
+        if not prompts:
+            raise UsageError(f"{name} holds no prompt: one is expected on each line")
+        return prompts
+    if _something_is_piped():
+        prompt = _decode(_read_stdin(), "standard input").rstrip("\r\n")
+        if not prompt:
+            raise UsageError("standard input held no prompt; pipe a text in, or give one as an argument")
+        return [prompt]
+    if not quiet:
+        note("no prompt is given: here is a sample one")
+    return [SAMPLE]
+
+
+def _something_is_piped() -> bool:
+    """Whether standard input is a pipe or a file, rather than a terminal or /dev/null."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return False
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # not a file of the system
+        return True
+    return not stat.S_ISCHR(mode)
+
+
+def _read_stdin() -> bytes:
+    return b"" if sys.stdin is None else sys.stdin.buffer.read()
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
