@@ -28,7 +28,7 @@ def attend(
 
     Args:
       q: ``[B, T, H, K]``, already scaled by K^-0.5.
-      k, v: ``[B, H, S, K]`` (layout ``"heads"``) or ``[B, S, D]`` (``"flat"``).
+      k, v: ``[B, H, S, K]`` or, of one row, ``[H, S, K]`` (layout ``"heads"``), or ``[B, S, D]`` (``"flat"``).
       mask: ``[B, 1, T, S]`` bool, True where a query may look.
       head_mask: ``[H]``; multiplies each head's weights after the softmax.
       dropout, dropout_key: of the attention weights.
@@ -52,9 +52,12 @@ def _weights(scores, mask, head_mask, dropout, dropout_key) -> jax.Array:
 
 def _attend_heads(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
     b, t, h, d = q.shape
-    scores = jnp.einsum("bthk,bhsk->bhts", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
-    weights = weigh(scores)
-    out = jnp.einsum("bhts,bhsk->bthk", weights.astype(q.dtype), v.astype(q.dtype))
+    # Without the batch dimension where k has none: see cache.py.
+    q = q.reshape(*k.shape[:-3], t, h, d)
+    scores = jnp.einsum("...thk,...hsk->...hts", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    weights = weigh(scores.reshape(b, h, t, -1))
+    per_head = weights.astype(q.dtype).reshape(scores.shape)
+    out = jnp.einsum("...hts,...hsk->...thk", per_head, v.astype(q.dtype))
     return out.reshape(b, t, h * d), weights
 
 

@@ -6,6 +6,8 @@ columns hold real tokens, so rows of different lengths and padding on either sid
 Two layouts, chosen by what the compiler makes of them:
 
 - ``"heads"``, ``[B, H, S, K]`` for each layer: one batched matrix product with no transpose, right for CPU and GPU.
+  For one row it is ``[H, S, K]``: XLA drops a dimension of 1 from matrix products, and on CPU the reshape that this
+  takes between the write and the product would copy the whole buffer at every step.
 - ``"flat"``, ``[B, S, D]``: for TPU, where one token's q, laid out block-diagonally, meets all heads' keys in a single
   matrix product on the matrix unit, instead of a multiply and reduce off it.
 """
@@ -36,7 +38,7 @@ class Cache:
     """A static KV cache of S columns.
 
     Attributes:
-      keys, values: one array a layer, ``[B, H, S, K]`` or ``[B, S, D]`` by ``layout``.
+      keys, values: one array a layer, ``[B, H, S, K]`` (``[H, S, K]`` where B is 1) or ``[B, S, D]``, by ``layout``.
       mask: ``[B, S]`` bool, the columns that hold real tokens.
       lengths: ``[B]`` int32, how many real tokens each row holds: the position of its next one.
       index: int32 scalar, the column that the next call writes first.
@@ -92,7 +94,7 @@ def init_cache(
     if layout not in LAYOUTS:
         raise ValueError(f"no cache layout {layout!r}; there are: {', '.join(LAYOUTS)}")
     b, s, h, k = batch_size, max_length, config.num_attention_heads, config.head_dim
-    shape = (b, h, s, k) if layout == "heads" else (b, s, h * k)
+    shape = (b, s, h * k) if layout == "flat" else (h, s, k) if b == 1 else (b, h, s, k)
     # Each buffer is its own array: a shared one could not be donated.
     buffers = [tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2)]
     return Cache(*buffers, jnp.zeros((b, s), bool), jnp.zeros((b,), jnp.int32), jnp.int32(0), layout)
@@ -105,7 +107,28 @@ def default_layout() -> str:
 
 def write_columns(buffer: jax.Array, new: jax.Array, index: jax.Array, layout: str) -> jax.Array:
     """One layer's ``buffer`` with ``new`` ``[B, T, H, K]`` written at columns ``index`` to ``index + T``."""
+    b, t, h, k = new.shape
     if layout == "heads":
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new.swapaxes(1, 2).astype(buffer.dtype), index, axis=2)
-    flat = new.reshape(*new.shape[:2], -1)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, flat.astype(buffer.dtype), index, axis=1)
+        new = new.swapaxes(1, 2).reshape(*buffer.shape[:-2], t, k)
+    else:
+        new = new.reshape(b, t, h * k)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis=-2)
+
+
+def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
+    """The cache with rows picked ``[B']``: for several samples of a prompt, or for beams."""
+    b, picked = cache.batch_size, rows.shape[0]
+
+    def pick(buffer: jax.Array) -> jax.Array:
+        if cache.layout == "heads" and b == 1:
+            buffer = buffer[None]
+        buffer = jnp.take(buffer, rows, axis=0)
+        return buffer[0] if cache.layout == "heads" and picked == 1 else buffer
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(map(pick, cache.keys)),
+        values=tuple(map(pick, cache.values)),
+        mask=cache.mask[rows],
+        lengths=cache.lengths[rows],
+    )

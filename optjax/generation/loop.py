@@ -12,8 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from optjax.cache import Cache, init_cache
-from optjax.generation.decode import next_logits, reorder_cache
+from optjax.cache import Cache, init_cache, reorder_cache
+from optjax.generation.decode import next_logits
 from optjax.generation.options import Settings
 from optjax.generation.processors import History, new_history, process
 from optjax.heads import lm_logits
