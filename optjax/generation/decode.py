@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optjax.cache import Cache, init_cache
 from optjax.heads import lm_logits
@@ -25,15 +25,18 @@ def prefill(
       ids: ``[B, T]``; padding may stand anywhere.
       attention_mask: ``[B, T]`` bool or int; every row needs a real token.
       max_length: columns of a new cache: T and all the tokens to come.
-      cache: or a cache to go on with, which is donated: a prompt may be read in chunks.
+      cache: or a cache to go on with, which is donated: a prompt may be read in chunks. Rows padded on the left may
+        then have none but padding in the first chunks; their logits say nothing yet.
 
     Raises:
       ValueError: ids, mask, cache or lengths that do not fit.
     """
     check_params(params, ("causal_lm",))
     ids = as_ids(ids, params.config.vocab_size)
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"cache should come from prefill or init_cache, got {type(cache).__name__}")
     mask = None if attention_mask is None else as_mask(attention_mask, ids.shape)
-    check_rows_not_empty(mask)
+    check_rows_not_empty(mask, cache)
     if (cache is None) == (max_length is None):
         raise ValueError("give either max_length, for a new cache, or cache")
     if cache is None:
@@ -89,22 +92,18 @@ def next_logits(params: Params, ids: jax.Array, active: jax.Array | None, cache:
     return lm_logits(params, out.last_hidden_state[:, 0]), _has_cache(out.cache)
 
 
-def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
-    """The cache with rows picked ``[B']``: for several samples of a prompt, or for beams."""
-    pick = partial(jnp.take, indices=rows, axis=0)
-    return dataclasses.replace(
-        cache,
-        keys=tuple(map(pick, cache.keys)),
-        values=tuple(map(pick, cache.values)),
-        mask=pick(cache.mask),
-        lengths=pick(cache.lengths),
-    )
-
-
-def check_rows_not_empty(mask: Any | None) -> None:
-    if mask is not None and is_concrete(mask) and not mask.any(1).all():
-        empty = [int(i) for i in (~mask.any(1)).nonzero()[0]]
-        raise ValueError(f"attention_mask is all 0 in row {empty[0]}: give each row a token, such as the BOS token")
+def check_rows_not_empty(mask: Any | None, cache: Cache | None = None) -> None:
+    """ValueError if a row has no real token; of a prompt read in chunks, none after its first ones."""
+    if mask is None or not is_concrete(mask) or (cache is not None and not is_concrete(cache.lengths)):
+        return
+    empty = ~np.asarray(mask).any(1)
+    if cache is None:
+        advice = "give each row a token, such as the BOS token"
+    else:
+        empty &= np.asarray(cache.lengths) > 0
+        advice = "pad chunked prompts on the left, where the logits of every row are those after its last token"
+    if empty.any():
+        raise ValueError(f"attention_mask is all 0 in row {int(empty.argmax())}: {advice}")
 
 
 def _has_cache(cache: Cache | None) -> Cache:
