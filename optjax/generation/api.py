@@ -71,12 +71,12 @@ def generate(
     ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
     settings = dataclasses.replace(settings, output_logprobs=return_dict)
     run_ids, run_mask = _pad_to_bucket(ids, mask)
-    n = max_new_tokens
+    n = int(max_new_tokens)
     made, _ = run_generate(params, run_ids, run_mask, settings, key, np.int32(n), room=bucket(n))
     if is_concrete(made, ids):
-        # On the host: a slice of another length on the device would be another program.
+        # On the host: a slice of another length on the device would be another program, and so would jnp.asarray.
         host: Choice = jax.device_get(made)
-        join, array = np.concatenate, jnp.asarray
+        join, array = np.concatenate, jax.device_put
     else:
         host, join, array = made, jnp.concatenate, jnp.asarray
     prompts = ids.repeat(settings.num_return_sequences, axis=0)
@@ -109,7 +109,7 @@ def stream(
         raise ValueError("stream yields ids only; output_scores is for generate")
     ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
     run_ids, run_mask = _pad_to_bucket(ids, mask)
-    return _stream(params, run_ids, run_mask, settings, key, max_new_tokens)
+    return _stream(params, run_ids, run_mask, jax.device_put(settings), key, int(max_new_tokens))
 
 
 def _stream(params: Params, ids, mask, settings: Settings, key, max_new_tokens: int) -> Iterator[np.ndarray]:
@@ -153,13 +153,10 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens should be an integer of at least 1, not {max_new_tokens!r}")
     mask = np.ones(ids.shape, bool) if attention_mask is None else as_mask(attention_mask, ids.shape)
-    if is_concrete(ids, mask):
-        ids, mask = np.asarray(ids), np.asarray(mask)
-        check_rows_not_empty(mask)
-        longest = int(mask.sum(1).max())
-    else:
-        # How many are real is not known while tracing; without a mask all are.
-        longest = ids.shape[1] if attention_mask is None else 1
+    ids, mask = (np.asarray(x) if is_concrete(x) else x for x in (ids, mask))
+    check_rows_not_empty(mask)
+    # How many tokens are real is not known while tracing a mask; one at least.
+    longest = int(mask.sum(1).max()) if is_concrete(mask) else 1
     limit = config.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(
