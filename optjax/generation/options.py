@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
 
@@ -109,95 +109,136 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any]) -> Settings:
     Raises:
       ValueError: unknown options (with the nearest known name) and impossible values, all of them in one message.
     """
-    problems = [_unknown(name) for name in options if name not in Options.__annotations__]
-    get = dict(top_k=50, temperature=1.0, repetition_penalty=1.0) | dict(options)
-    v = config.vocab_size
+    read = _Reader(options, config.vocab_size)
+    do_sample, output_scores = read.flag("do_sample"), read.flag("output_scores")
+    samples = read.count("num_return_sequences", 1, low=1)
+    if samples > 1 and not do_sample:
+        read.problems.append(f"num_return_sequences={samples} without do_sample=True would repeat one greedy answer")
 
-    def number(name: str, ok, wanted: str, off: Any = None):
-        value = get.get(name)
-        if value is None or (off is not None and value == off):
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not ok(value):
-            problems.append(f"{name} should be {wanted}, not {value!r}")
-            return None
-        return value
+    if options.get("eos_token_id") is not None:
+        eos_ids = read.ids("eos_token_id")
+    else:
+        # What the config says may lie outside a small vocabulary: then no token ends a row.
+        eos = config.eos_token_id
+        eos_ids = [i for i in ((eos,) if isinstance(eos, int) else eos or ()) if 0 <= i < config.vocab_size]
+    pad_id = read.one_id("pad_token_id")
+    if pad_id is None:
+        pad_id = config.pad_token_id if config.pad_token_id is not None else (eos_ids or [0])[0]
 
-    def flag(name: str) -> bool:
-        value = get.get(name, False)
+    ngram = read.count("no_repeat_ngram_size", 0)
+    minimum = read.count("min_new_tokens", 0)
+    penalty = read.number("repetition_penalty", lambda x: x > 0, "above 0", off=1.0)
+    bad = [word for word in read.lists_of_ids("bad_words_ids") if not (len(word) == 1 and word[0] in eos_ids)]
+    suppressed = np.isin(np.arange(config.vocab_size), read.ids("suppress_tokens"))
+    if suppressed.all():
+        read.problems.append("suppress_tokens leaves no token at all")
+
+    # Checked also where do_sample is off and they do nothing.
+    unit = "above 0 and at most 1"
+    above = "above 0 (for the most probable token use do_sample=False)"
+    top_k = read.count("top_k", 50, none=0)
+    sampling: dict[str, Any] = {
+        "temperature": read.number("temperature", lambda x: x > 0, above, off=1.0),
+        "top_k": np.int32(min(top_k, config.vocab_size)) if top_k else None,
+        "top_p": read.number("top_p", lambda x: 0 < x <= 1, unit, off=1.0),
+        "min_p": read.number("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
+        "typical_p": read.number("typical_p", lambda x: 0 < x <= 1, unit, off=1.0),
+    }
+    if read.problems:
+        raise ValueError("generate cannot do this: " + "; ".join(read.problems))
+
+    return Settings(
+        eos_ids=np.asarray(eos_ids, np.int32),
+        pad_id=np.int32(pad_id),
+        min_new_tokens=np.int32(min(minimum, 2**31 - 1)) if minimum and eos_ids else None,
+        repetition_penalty=penalty,
+        bad_words=_right_aligned(bad) if bad else None,
+        suppressed=suppressed if suppressed.any() else None,
+        do_sample=do_sample,
+        # A longer n-gram does not fit into a row, let alone twice.
+        no_repeat_ngram_size=ngram if ngram <= config.max_position_embeddings else 0,
+        num_return_sequences=samples,
+        output_scores=output_scores,
+        **(sampling if do_sample else {}),
+    )
+
+
+class _Reader:
+    """Reads options of one kind or another; ``problems`` collects what is wrong with them."""
+
+    def __init__(self, options: Mapping[str, Any], vocab_size: int):
+        self.options, self.vocab_size = options, vocab_size
+        self.problems = [_unknown(name) for name in options if name not in Options.__annotations__]
+
+    def flag(self, name: str) -> bool:
+        value = self.options.get(name, False)
         if not isinstance(value, bool | np.bool_):
-            problems.append(f"{name} should be True or False, not {value!r}")
-        return bool(value)
+            self.problems.append(f"{name} should be True or False, not {value!r}")
+        return value is True or value is np.True_
 
-    def count(name: str, low: int, default: int) -> int:
-        value = get.get(name, default)
-        value = default if value is None else value
+    def count(self, name: str, default: int, *, low: int = 0, none: int | None = None) -> int:
+        """An integer of at least ``low``; ``none`` (or else the default) where None is given."""
+        value = self.options.get(name, default)
+        if value is None:
+            return default if none is None else none
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-            problems.append(f"{name} should be an integer of at least {low}, not {value!r}")
+            self.problems.append(f"{name} should be an integer of at least {low}, not {value!r}")
             return default
         return int(value)
 
-    def ids(name: str, value: Any) -> list[int]:
-        listed = [value] if isinstance(value, int | np.integer) else list(value)
-        for i in listed:
-            if isinstance(i, bool) or not isinstance(i, int | np.integer) or not 0 <= i < v:
-                problems.append(f"{name} holds {i!r}, which is no id of the vocabulary of {v}")
-        return [i for i in listed if isinstance(i, int | np.integer) and 0 <= i < v]
+    def number(self, name: str, ok: Callable[[Any], bool], wanted: str, off: float | None = None) -> np.float32 | None:
+        """A float32, or None where it is not given or is ``off``."""
+        value = self.options.get(name)
+        if value is None:
+            return None
+        real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        # Looked at as the float32 it becomes, where 1e-50 is 0.
+        if not real or not abs(value) < 1e30 or not ok(np.float32(value)):
+            self.problems.append(f"{name} should be {wanted}, not {value!r}")
+            return None
+        return None if value == off else np.float32(value)
 
-    do_sample, output_scores = flag("do_sample"), flag("output_scores")
-    eos = get["eos_token_id"] if get.get("eos_token_id") is not None else config.eos_token_id
-    # What the config says may lie outside a small vocabulary: then no token ends a row. What the caller says may not.
-    if get.get("eos_token_id") is None:
-        eos_listed = [eos] if isinstance(eos, int) else list(eos or ())
-        eos_ids = [i for i in eos_listed if 0 <= i < v]
-    else:
-        eos_ids = ids("eos_token_id", eos)
-    pad = get.get("pad_token_id")
-    if pad is not None:
-        ids("pad_token_id", pad)
-    elif config.pad_token_id is not None:
-        pad = config.pad_token_id
-    else:
-        pad = eos_ids[0] if eos_ids else 0
-    samples = count("num_return_sequences", 1, 1)
-    if samples > 1 and not do_sample:
-        problems.append(f"num_return_sequences={samples} without do_sample=True would repeat one greedy answer")
-    bad = [ids("bad_words_ids", word) for word in get.get("bad_words_ids") or ()]
-    if any(not word for word in bad):
-        problems.append("bad_words_ids holds an empty sequence")
-    bad = [word for word in bad if word and not (len(word) == 1 and word[0] in eos_ids)]
-    suppressed = ids("suppress_tokens", list(get.get("suppress_tokens") or ()))
-    ngram = count("no_repeat_ngram_size", 0, 0)
-    minimum = count("min_new_tokens", 0, 0)
-    penalty = number("repetition_penalty", lambda x: x > 0, "above 0", off=1.0)
-    unit = "above 0 and at most 1"
-    sampling = {
-        "temperature": number(
-            "temperature", lambda x: x > 0, "above 0 (for the most probable token use do_sample=False)", off=1.0
-        ),
-        "top_k": number("top_k", lambda x: isinstance(x, int | np.integer) and x > 0, "a positive integer", off=0),
-        "top_p": number("top_p", lambda x: 0 < x <= 1, unit, off=1.0),
-        "min_p": number("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
-        "typical_p": number("typical_p", lambda x: 0 < x <= 1, unit, off=1.0),
-    }
-    if problems:
-        raise ValueError("generate cannot do this: " + "; ".join(problems))
+    def ids(self, name: str) -> list[int]:
+        """One id or several; none where None is given."""
+        value = self.options.get(name)
+        return [] if value is None else self._ids(name, value)
 
-    if not do_sample:
-        sampling = dict.fromkeys(sampling)
-    as_type = {name: np.int32 if name == "top_k" else np.float32 for name in sampling}
-    return Settings(
-        eos_ids=np.asarray(eos_ids, np.int32),
-        pad_id=np.int32(pad),
-        min_new_tokens=np.int32(minimum) if minimum and eos_ids else None,
-        repetition_penalty=None if penalty is None else np.float32(penalty),
-        bad_words=_right_aligned(bad) if bad else None,
-        suppressed=np.isin(np.arange(v), suppressed) if suppressed else None,
-        do_sample=do_sample,
-        no_repeat_ngram_size=ngram,
-        num_return_sequences=samples,
-        output_scores=output_scores,
-        **{name: None if value is None else as_type[name](value) for name, value in sampling.items()},
-    )
+    def one_id(self, name: str) -> int | None:
+        value = self.options.get(name)
+        if value is None:
+            return None
+        found = self._ids(name, value)
+        if np.ndim(value) != 0:
+            self.problems.append(f"{name} should be one id, not {value!r}")
+        return found[0] if found else None
+
+    def lists_of_ids(self, name: str) -> list[list[int]]:
+        value = _plain(self.options.get(name))
+        if value is None:
+            return []
+        lists = [_plain(each) for each in value] if isinstance(value, _LISTS) else [None]
+        if not all(isinstance(each, _LISTS) and each for each in lists):
+            self.problems.append(f"{name} should be a list of lists of at least one id, not {value!r}")
+            return []
+        return [self._ids(name, each) for each in lists]
+
+    def _ids(self, name: str, value: Any) -> list[int]:
+        value = _plain(value)
+        listed = value if isinstance(value, _LISTS) else (value,)
+        wrong = [i for i in listed if isinstance(i, bool) or not isinstance(i, int | np.integer)]
+        wrong = wrong or [i for i in listed if not 0 <= i < self.vocab_size]
+        if wrong:
+            self.problems.append(f"{name} holds {wrong[0]!r}, which is no id of the vocabulary of {self.vocab_size}")
+            return []
+        return [int(i) for i in listed]
+
+
+_LISTS = (list, tuple, set, frozenset, range)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and numpy's numbers as Python's."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
 def _right_aligned(words: list[list[int]]) -> np.ndarray:
