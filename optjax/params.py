@@ -62,8 +62,9 @@ def build_params(
 
     ``layer`` is None for a weight outside the layers, and for all layers of a weight at once where ``stacked``.
     """
+    weights = declare(config, head)
     tree: dict[str, Any] = {} if stacked else {"layers": [{} for _ in range(config.num_hidden_layers)]}
-    for weight in declare(config, head):
+    for weight in weights:
         for layer in range(config.num_hidden_layers) if weight.per_layer and not stacked else (None,):
             *steps, last = weight.keys(layer)
             node: Any = tree
@@ -109,38 +110,43 @@ def init_params(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"no initialization scheme {scheme!r}; there are: {', '.join(SCHEMES)}")
-    declare(config, head)
-    return _init_params(config, as_key(key), floating_dtype(dtype), head, stacked, scheme)
+    key, dtype = as_key(key), floating_dtype(dtype)
 
-
-@partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))
-def _init_params(config, key, dtype, head, stacked, scheme) -> Params:
-    def leaf(weight: Weight, layer: int | None):
+    def leaf(weight: Weight, layer: int | None) -> jax.Array:
         # Keys come from the weight's name, so that adding a weight does not change the others.
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(weight.path.encode())))
-        if not weight.per_layer:
-            return init_weight(config, weight, own, dtype, scheme)
         if layer is not None:
-            return init_weight(config, weight, jax.random.fold_in(own, layer), dtype, scheme)
-        keys = jax.vmap(partial(jax.random.fold_in, own))(jnp.arange(config.num_hidden_layers))
-        return jax.vmap(lambda k: init_weight(config, weight, k, dtype, scheme))(keys)
+            own = jax.random.fold_in(own, layer)
+        elif weight.per_layer:
+            own = jax.vmap(jax.random.fold_in, (None, 0))(own, np.arange(config.num_hidden_layers))
+        return init_weight(config, weight, own, dtype, scheme)
 
     return build_params(config, head, leaf, stacked=stacked)
 
 
 def init_weight(config: OPTConfig, weight: Weight, key: jax.Array, dtype: Any, scheme: str = "hf") -> jax.Array:
-    """One fresh weight, of one layer, by its declared kind. See `init_params`."""
+    """One fresh weight by its declared kind, or one for each of the keys ``[L]``, stacked. See `init_params`."""
+    shape = (*key.shape, *weight.shape)
     if weight.kind in ("bias", "norm_bias"):
-        return jnp.zeros(weight.shape, dtype)
+        return jnp.zeros(shape, dtype)
     if weight.kind == "norm_weight":
-        return jnp.ones(weight.shape, dtype)
+        return jnp.ones(shape, dtype)
     std = config.init_std
     if scheme == "paper" and weight.kind == "output":
         std /= (2 * config.num_hidden_layers) ** 0.5
+    pads = scheme == "hf" and weight.path == "embed_tokens.weight"
+    return _normal(key, std, weight.shape, dtype, config.pad_token_id if pads else None)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _normal(key: jax.Array, std: Any, shape: tuple[int, ...], dtype: Any, zero_row: int | None) -> jax.Array:
+    """N(0, std²); a small program for each shape, as one for the whole model would take long to compile."""
+    if key.ndim:
+        return jax.vmap(lambda k: _normal(k, std, shape, dtype, zero_row))(key)
     # Drawn in float32, then cast: every dtype gets the same numbers.
-    value = std * jax.random.normal(key, weight.shape, jnp.float32)
-    if scheme == "hf" and weight.path == "embed_tokens.weight" and config.pad_token_id is not None:
-        value = value.at[config.pad_token_id].set(0.0, mode="drop")
+    value = std * jax.random.normal(key, shape, jnp.float32)
+    if zero_row is not None:
+        value = value.at[zero_row].set(0.0, mode="drop")
     return value.astype(dtype)
 
 
