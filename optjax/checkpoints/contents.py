@@ -67,7 +67,7 @@ _READERS: dict[str, Callable[[Path], dict[str, TensorRef]]] = {
 
 
 def _open_metaseq(found: Found) -> Contents:
-    tensors, arguments, problems = read_metaseq(found.files)
-    contents = Contents({}, problems, arguments)
+    tensors, arguments = read_metaseq(found.files)
+    contents = Contents({}, arguments=arguments)
     contents.add(tensors, found.files[0].name)
     return contents

@@ -11,29 +11,29 @@ import re
 from pathlib import Path
 from typing import Any
 
-from optjax.checkpoints.errors import CheckpointError, reading, shorten
+from optjax.checkpoints.errors import CheckpointError, listing, reading, shorten
 from optjax.checkpoints.tensors import Joined, Reshaped, Rows, TensorRef
 from optjax.checkpoints.torch_reader import ToRef, open_torch
 from optjax.checkpoints.unpickle import PickledTensor
 
+MAX_FILES = 10_000  # The 175B model has 992.
 # How a tensor is cut into model-parallel parts (Megatron); what is in neither group is the same in all parts.
 _CUT_ROWS = re.compile(r"embed_tokens\.weight$|output_projection\.weight$|\.(q|k|v|qkv)_proj\.|\.fc1\.")
 _CUT_COLUMNS = re.compile(r"\.(fc2|out_proj)\.weight$")
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_fpw_module\.")
 
 
-def read_metaseq(files: tuple[Path, ...]) -> tuple[dict[str, TensorRef], Any, list[str]]:
-    """The whole model's tensors by metaseq's names, with q, k and v apart; its training arguments; missing files.
+def read_metaseq(files: tuple[Path, ...]) -> tuple[dict[str, TensorRef], Any]:
+    """The whole model's tensors by metaseq's names, with q, k and v apart; and its training arguments.
 
     The arguments are inert data, and None where the files are a plain state dict.
 
     Raises:
-      CheckpointError: a file is broken, or parts or shards do not belong together.
+      CheckpointError: a file is broken, or parts or shards are missing or do not belong together.
     """
-    grid, problems = _grid(files)
     parts: list[dict[str, TensorRef]] = []
     arguments: Any = None
-    for shards in grid:
+    for shards in _grid(files):
         opened = []
         for path in shards:
             content, to_ref = open_torch(path)
@@ -44,25 +44,24 @@ def read_metaseq(files: tuple[Path, ...]) -> tuple[dict[str, TensorRef], Any, li
         with reading(shards[0]):
             parts.append(_join_shards(opened, shards))
     with reading(files[0]):
-        return _split_qkv(_join_parts(parts)), arguments, problems
+        return _split_qkv(_join_parts(parts)), arguments
 
 
-def _grid(files: tuple[Path, ...]) -> tuple[list[list[Path]], list[str]]:
-    """The files by part and shard, and which numbers are missing."""
+def _grid(files: tuple[Path, ...]) -> list[list[Path]]:
+    """The files of each model-parallel part, in the order of their shards."""
     numbered: dict[int, dict[int, Path]] = {}
     for path in files:
         part, shard = (re.search(p, path.stem) for p in (r"-model_part-(\d+)", r"-shard-?(\d+)$"))
         numbered.setdefault(int(part[1]) if part else 0, {})[int(shard[1]) if shard else 0] = path
-    problems = []
-    for part in range(max(numbered) + 1) if max(numbered) < 10_000 else ():
-        if part not in numbered:
-            problems.append(f"model part {part} of {max(numbered) + 1} is missing")
-    count = max(max(shards) for shards in numbered.values()) + 1
-    for part, shards in sorted(numbered.items()):
-        missing = [str(i) for i in range(min(count, 10_000)) if i not in shards]
-        if missing:
-            problems.append(f"model part {part} lacks shards {', '.join(missing[:20])} of {count}")
-    return [[path for _, path in sorted(shards.items())] for _, shards in sorted(numbered.items())], problems
+    parts, shards = max(numbered) + 1, max(max(each) for each in numbered.values()) + 1
+    missing = [f"model part {i} of {parts}" for i in range(min(parts, MAX_FILES)) if i not in numbered]
+    for part, each in sorted(numbered.items()):
+        missing += [
+            f"shard {i} of {shards} of model part {part}" for i in range(min(shards, MAX_FILES)) if i not in each
+        ]
+    if missing:
+        raise CheckpointError(f"{files[0].parent} lacks files\n{listing('missing', missing)}")
+    return [[path for _, path in sorted(each.items())] for _, each in sorted(numbered.items())]
 
 
 def _join_shards(opened: list[tuple[dict, ToRef]], files: list[Path]) -> dict[str, TensorRef]:
@@ -110,7 +109,9 @@ def _unfold(out: dict[str, TensorRef], path: Any, layout: dict[str, Any], flat: 
         out[_under(path, name)] = Reshaped(flat, at, shape)
         at += numel
     if at != flat.shape[0]:
-        raise CheckpointError(f"flat weights under {shorten(str(path))!r} hold {flat.shape[0]} elements, not {at}")
+        raise CheckpointError(
+            f"flat weights under {shorten(str(path))!r} hold {flat.shape[0]} elements, not {at}: a shard is missing?"
+        )
 
 
 def _join_parts(parts: list[dict[str, TensorRef]]) -> dict[str, TensorRef]:

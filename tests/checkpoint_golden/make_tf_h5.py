@@ -1,7 +1,8 @@
 """Makes the TensorFlow checkpoints in this folder and records what their weights are.
 
-Run once, in an environment of its own: python -m pip install "tensorflow-cpu==2.19.*" "tf-keras==2.19.*" "transformers==4.57.*" h5py
+Run once, in an environment of its own:
 
+    python -m pip install "tensorflow-cpu==2.19.*" "tf-keras==2.19.*" "transformers==4.57.*" h5py
     python tests/checkpoint_golden/make_tf_h5.py
 
 The folders hold tf_model.h5 and config.json as TFOPT's save_pretrained writes them. weights.npz holds each variable by
