@@ -35,6 +35,6 @@ for name in ("sharding", "train", "tests"):
 import optjax  # noqa: E402
 
 params, tokenizer = optjax.load("opt-mini")
-ids = optjax.generate(params, tokenizer("The old house"), max_new_tokens=8)
+ids = optjax.generate(params, *tokenizer("The old house"), max_new_tokens=8)
 print(f"{wheel.name}: {len(names)} files, {wheel.stat().st_size / 2**20:.1f} MiB; from the wheel:")
 print(tokenizer.decode(ids[0].tolist()))
