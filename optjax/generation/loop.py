@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from optjax.cache import Cache, init_cache, reorder_cache
 from optjax.generation.decode import next_logits
+from optjax.generation.draw import draw, most_probable
 from optjax.generation.options import Settings
 from optjax.generation.processors import History, new_history, process
 from optjax.heads import lm_logits
@@ -127,10 +128,10 @@ def _choose(settings: Settings, key, cache: Cache, history: History, done, logit
             # A key for each row and step: a draw does not depend on how many rows there are.
             rows = jnp.arange(scores.shape[0])
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, history.new)))(rows)
-            token = jax.vmap(jax.random.categorical)(keys, scores)
+            token = draw(keys, scores)
         else:
-            token = jnp.argmax(scores, axis=-1)
-        token = jnp.where(done, settings.pad_id, token.astype(jnp.int32))
+            token = most_probable(scores)
+        token = jnp.where(done, settings.pad_id, token)
         logprob = None
         if settings.output_logprobs:
             picked = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=1)[:, 0]
