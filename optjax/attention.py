@@ -68,13 +68,12 @@ def _attend_flat(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
         return _attend_heads(q, *per_head, weigh)
     # One query: lay q out block-diagonally, [B, D, H], so that all heads' scores are one matrix product with the flat
     # keys. It multiplies H times more zeros, on a unit that waits for memory anyway.
-    eye = jnp.eye(h, dtype=q.dtype)
-    blocks = (q[:, 0, :, :, None] * eye[:, None, :]).reshape(b, h * d, h)
+    own = jnp.repeat(jnp.eye(h, dtype=q.dtype), d, axis=1)  # [H, D]: the columns that are a head's own
+    blocks = q.reshape(b, h * d, 1) * own.T
     scores = jnp.einsum("bsd,bdh->bhs", k.astype(q.dtype), blocks, preferred_element_type=jnp.float32)
     weights = weigh(scores[:, :, None, :])
-    all_pairs = jnp.einsum("bhs,bsd->bhd", weights[:, :, 0].astype(q.dtype), v.astype(q.dtype)).reshape(b, h, h, d)
-    out = jnp.einsum("bhhk->bhk", all_pairs)
-    return out.reshape(b, 1, h * d), weights
+    all_pairs = jnp.einsum("bhs,bsd->bhd", weights[:, :, 0].astype(q.dtype), v.astype(q.dtype))
+    return (all_pairs * own).sum(1, keepdims=True), weights
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
