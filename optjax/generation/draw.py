@@ -32,7 +32,7 @@ def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
 
 
 def _invert(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """The first index ``[B, 1]`` where the running sum of ``mass`` ``[B, N]`` exceeds the part ``u`` in [0, 1) of all."""
+    """The first index ``[B, 1]`` where the running sum of ``mass`` ``[B, N]`` exceeds ``u`` of all, 0 ≤ u < 1."""
     # XLA sums in parallel: running sums over columns without mass may waver, so that only those with mass are asked.
     running = jnp.where(mass > 0, jnp.cumsum(mass, axis=-1), 0.0)
     return jnp.argmax(running > u * running.max(-1, keepdims=True), axis=-1, keepdims=True)
