@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +125,24 @@ def assert_equal_params(a: Params, b: Params) -> None:
     assert (a.config, a.head) == (b.config, b.head)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert_same(a, flat(b))
+
+
+@contextlib.contextmanager
+def no_hang_and_no_flood(seconds: int = 60, kilobytes: int = 500_000) -> Iterator[None]:
+    """Fails where reading broken files takes a minute of the processor, or half a gigabyte."""
+
+    def too_long(*_: Any) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < kilobytes
 
 
 def load_with_transformers(folder: Path, head: str | None = "causal_lm") -> Any:

@@ -71,13 +71,11 @@ def test_without_arguments(tmp_path):
         load_params(tmp_path)
     assert_same(load_params(tmp_path, config=PRE_NORM), state)
 
-    config = OPTConfig.preset("opt-350m")
-    shapes = {name: (3, 5) for name in ("vocab_size", "max_position_embeddings", "ffn_dim")}
-    small = config.replace(**{name: value[0] for name, value in shapes.items()})
-    state = {name: torch.zeros(()).expand(w.shape).clone() for name, w in meta_state(small).items()}
-    write_metaseq(state, small, tmp_path / "350m", style="none", parts=1)
-    params = load_params(tmp_path / "350m")
-    assert params.config == small and params.config.num_attention_heads == 16
+    config = OPTConfig.preset("opt-125m", vocab_size=8, max_position_embeddings=4, ffn_dim=8)
+    state = {name: torch.zeros(w.shape, dtype=torch.float16) for name, w in meta_state(config).items()}
+    write_metaseq(state, config, tmp_path / "125m", style="none")
+    params = load_params(tmp_path / "125m")
+    assert params.config == config and params.config.num_attention_heads == 12
 
 
 def meta_state(config: OPTConfig) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from optjax.checkpoints.contents import Contents, open_contents
 from optjax.checkpoints.derive import derive_config
 from optjax.checkpoints.detect import Found, find_checkpoint
-from optjax.checkpoints.errors import CheckpointError, reading
+from optjax.checkpoints.errors import CheckpointError, reading, shorten
 from optjax.checkpoints.match import Match, choose_head, match
 from optjax.config import OPTConfig
 
@@ -54,10 +54,8 @@ def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> 
     if (folder / "config.json").is_file():
         try:
             config = OPTConfig.from_json(folder)
-        except ValueError:
-            raise
         except Exception as error:  # Values of the wrong type can fail in any way.
-            raise CheckpointError(f"{folder / 'config.json'} describes no OPT model: {error}") from error
+            raise CheckpointError(f"{folder / 'config.json'}: {shorten(str(error), 1000)}") from error
         if "quantization_config" in dict(config.extra):
             raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
         return config
