@@ -19,7 +19,7 @@ from optjax.generation.options import Settings
 from optjax.generation.processors import History, new_history, process
 from optjax.heads import lm_logits
 from optjax.model import Inputs, decoder
-from optjax.params import Params
+from optjax.params import Params, unstack_layers
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["token", "logprob", "scores"], meta_fields=[])
@@ -72,6 +72,9 @@ def run_generate(
 
     Returns the choices of all steps, padded to ``room``, and the number of steps that were run.
     """
+    if jax.default_backend() == "cpu":
+        # There a slice of stacked weights is a copy: once here, rather than at every step.
+        params = unstack_layers(params)
     state = start(params, ids, mask, settings, key, room)
 
     def put(made, choice: Choice, step):
