@@ -1,0 +1,119 @@
+"""bfloat16 and float16: close to float32, finite where transformers is not, and float32 where it matters."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hf_models import params_from, state_of, torch_model
+
+import optjax
+from optjax import OPTConfig
+
+CONFIG = OPTConfig(
+    vocab_size=60,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    ffn_dim=64,
+    max_position_embeddings=12,
+    num_labels=3,
+)
+HALVES = {jnp.bfloat16: torch.bfloat16, jnp.float16: torch.float16}
+MASK = np.ones((3, 8), int)
+MASK[0, :3] = 0
+MASK[1, 6:] = 0
+IDS = np.random.default_rng(0).integers(3, 60, size=MASK.shape)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_close_to_float32(dtype, before):
+    """By two yardsticks: the rounding that the layers do, and the error of torch in the same dtype."""
+    config = CONFIG.replace(do_layer_norm_before=before)
+    model = torch_model(config, "causal_lm", seed=6, dtype=HALVES[dtype]).float()  # weights that dtype holds exactly
+    params = params_from(state_of(model), config, "causal_lm")
+    exact = np.asarray(optjax.causal_lm(params, IDS, attention_mask=MASK).logits)[MASK > 0]
+    half = jax.tree.map(lambda x: x.astype(dtype), params)
+    out = optjax.causal_lm(half, IDS, attention_mask=MASK, output_attentions=True)
+    assert out.logits.dtype == jnp.float32
+    assert {a.dtype for a in out.attentions} == {jnp.dtype(jnp.float32)}
+    with torch.no_grad():
+        theirs = model.to(HALVES[dtype])(torch.from_numpy(IDS), attention_mask=torch.from_numpy(MASK)).logits
+
+    error = np.abs(np.asarray(out.logits)[MASK > 0] - exact)
+    torch_error = np.abs(theirs.float().numpy()[MASK > 0] - exact)
+    # About ten roundings a layer, of relative size eps/2 each, that add like a random walk; 4 of its deviations.
+    walk = float(jnp.finfo(dtype).eps) / 2 * (10 * config.num_hidden_layers) ** 0.5
+    assert error.max() <= 4 * walk * np.abs(exact).max()
+    assert error.mean() <= 1.25 * torch_error.mean()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (jnp.float32, "none"),
+        (jnp.bfloat16, "none"),
+        (jnp.float16, "none"),
+        (jnp.float16, "heads"),
+        (jnp.float16, "flat"),
+    ],
+)
+def test_a_fully_masked_row_is_finite(dtype, layout):
+    """Also where scores are past float16's largest number (transformers #17433), and for its gradients."""
+    model = torch_model(CONFIG, "causal_lm", seed=7)
+    state = {
+        name: w * 300 if "q_proj.weight" in name or "k_proj.weight" in name else w
+        for name, w in state_of(model).items()
+    }
+    params = params_from(state, CONFIG, "causal_lm", dtype=dtype)
+    mask = MASK.copy()
+    mask[2] = 0
+
+    cache = None if layout == "none" else optjax.init_cache(params, 3, 10, layout=layout)
+    out = optjax.causal_lm(params, IDS, attention_mask=mask, cache=cache, output_attentions=True)
+    assert np.isfinite(out.logits).all()
+    for weights in out.attentions:
+        np.testing.assert_allclose(np.sum(weights, -1), 1, rtol=1e-5)
+    if cache is None:
+        x = np.asarray(params["embed_tokens"]["weight"], np.float32)[IDS]
+        x = x + np.asarray(params["embed_positions"]["weight"], np.float32)[np.cumsum(mask, 1) * mask + 1]
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        q, k = (
+            y @ np.asarray(params["layers"][0]["self_attn"][n]["weight"], np.float32).T for n in ("q_proj", "k_proj")
+        )
+        scores = np.einsum("bthk,bshk->bhts", q.reshape(3, 8, 4, 8), k.reshape(3, 8, 4, 8)) * 8**-0.5
+        assert np.abs(scores).max() > 65504
+
+        grads = jax.grad(lambda p: optjax.causal_lm(p, IDS, attention_mask=mask, labels=IDS).loss)(params)
+        assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, *HALVES])
+def test_logits_and_losses_are_float32(dtype):
+    classify, answer = (
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), optjax.abstract_params(CONFIG, dtype, head))
+        for head in ("sequence_classification", "question_answering")
+    )
+    out = optjax.sequence_classification(classify, IDS, labels=np.array([0, 1, 2]))
+    assert out.logits.dtype == out.loss.dtype == jnp.float32
+    spans = np.array([0, 1, 2])
+    out = optjax.question_answering(answer, IDS, start_positions=spans, end_positions=spans)
+    assert out.start_logits.dtype == out.end_logits.dtype == out.loss.dtype == jnp.float32
+    hidden = optjax.forward(answer, IDS, cache=optjax.init_cache(answer, 3, 8))
+    assert hidden.last_hidden_state.dtype == hidden.cache.keys[0].dtype == dtype
+
+
+def test_a_cache_of_another_dtype():
+    """A bfloat16 cache under float32 weights is float32 up to the rounding of keys and values."""
+    params = params_from(state_of(torch_model(CONFIG, "causal_lm", seed=8)), CONFIG, "causal_lm")
+    exact = optjax.causal_lm(params, IDS).logits
+    for layout in ("heads", "flat"):
+        cache = optjax.init_cache(params, 3, 8, jnp.bfloat16, layout=layout)
+        first = optjax.causal_lm(params, IDS[:, :7], cache=cache)
+        out = optjax.causal_lm(params, IDS[:, 7:], cache=first.cache)
+        assert out.cache.keys[0].dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
+        error = np.abs(out.logits[:, 0] - exact[:, 7]).max()
+        assert 0 < error < 0.02 * np.abs(exact).max()
