@@ -18,7 +18,7 @@ def keep_compiled_programs() -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values["jax_compilation_cache_dir"]:
         return None
     folder = _private_folder()
     if folder is not None:

@@ -65,7 +65,7 @@ class Continuation:
         self.config = self.params.config
         self.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
         # Rows of the embedding that the tokenizer cannot decode must not come (transformers issue 18268).
-        self.options = options | {"suppress_tokens": self.tokenizer.unused_ids(self.config.vocab_size)}
+        self.options: dict[str, Any] = options | {"suppress_tokens": self.tokenizer.unused_ids(self.config.vocab_size)}
         self.stats = Stats()
         if not arguments.quiet:
             terminal.note(self._title(dtype))

@@ -19,6 +19,7 @@ from optjax.cli.terminal import UsageError
 if TYPE_CHECKING:
     from optjax.checkpoints.open import Opened
     from optjax.config import OPTConfig
+    from optjax.params import Params
 
 SUMMARY = "write a checkpoint of any format in the Hugging Face layout"
 OPERANDS = "SOURCE DEST"
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     show = sys.stderr.isatty() and not arguments.quiet
     with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show) as advance:
         params = lazy_params(opened, arguments.dtype, advance)
+        _check_space(params, dest)
         options = {"format": arguments.format, "max_shard_size": arguments.max_shard_size}
         if replaces:
             save_params(params, dest, **options)
@@ -151,6 +153,21 @@ def _new_folder(dest: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _check_space(params: Params, dest: Path) -> None:
+    """OSError where the disk has too little room, rather than when it is full."""
+    import math
+
+    import jax
+
+    from optjax.cli.units import size
+
+    there = next(folder for folder in (dest, *dest.absolute().parents) if folder.exists())
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(f"the result takes {size(needed)}, and where {dest} would be there are {size(free)} left")
 
 
 def _copy(files: list[Path], folder: Path) -> None:

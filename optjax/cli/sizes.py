@@ -15,7 +15,7 @@ TRAINING_BYTES = 12
 
 def parameters(config: OPTConfig, head: str | None) -> dict[str, int]:
     """Parameters by group, and ``total``. A tied head counts once, as an embedding."""
-    counts = dict.fromkeys(GROUPS, 0)
+    counts: dict[str, int] = dict.fromkeys(GROUPS, 0)
     for weight in declare(config, head):
         counts[_group(weight.path)] += weight.size * (config.num_hidden_layers if weight.per_layer else 1)
     return counts | {"total": sum(counts.values())}
