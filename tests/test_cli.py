@@ -1,0 +1,318 @@
+"""The command line: what goes to which stream, exit statuses, and that it does what the functions do."""
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import optjax
+from optjax.cli import main
+from optjax.cli.arguments import COMMANDS, parse
+
+POSITIONS = 2048
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny random model whose embedding has rows that its tokenizer lacks."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the old house stood at the end of the road and the dog was in the road"], trainer)
+    template = processors.TemplateProcessing(single="</s> $A", pair="</s> $A $B:1", special_tokens=[("</s>", 2)])
+    backend.post_processor = template
+    folder = tmp_path_factory.mktemp("model")
+    optjax.Tokenizer(backend, bos_token="</s>", eos_token="</s>", pad_token="<pad>").save(folder)
+    config = optjax.OPTConfig(
+        vocab_size=340, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2, init_std=0.1,
+        max_position_embeddings=POSITIONS,
+    )  # fmt: skip
+    optjax.save_params(optjax.init_params(config, jax.random.key(0)), folder)
+    return folder
+
+
+class Result:
+    def __init__(self, status: int, out: str, err: str):
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command in this process; without ``stdin`` it is as if nothing were connected to it."""
+
+    def run(*words: str | Path, stdin: bytes | None = None) -> Result:
+        words = tuple(map(str, words))
+        if words[:1] == ("generate",) and "--help" not in words:
+            words += ("--no-compile-cache",)
+        with open(os.devnull) if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)) as given:
+            monkeypatch.setattr(sys, "stdin", given)
+            status = main(words)
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run
+
+
+def spawn(*words: str | Path, cache: Path, **options) -> subprocess.Popen:
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    environment.pop("OPTJAX_DEBUG", None)
+    command = [sys.executable, "-m", "optjax", *map(str, words)]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    return subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], **(pipes | options))
+
+
+def check_error(result: Result, status: int, *words: str) -> None:
+    """An error of ours: its status, one line, the words in it, nothing on standard output, no traceback."""
+    lines = result.err.strip().split("\n")
+    assert result.status == status, result.err
+    assert lines[-1].startswith("optjax: error: "), result.err
+    assert result.out == "" and "Traceback" not in result.err
+    for word in words:
+        assert word in lines[-1], f"{word!r} is not in: {lines[-1]}"
+
+
+def expected_texts(model: Path, prompts: list[str], n: int, seed: int | None = None, **options) -> list[str]:
+    """What `generate` continues the prompts with."""
+    params, tokenizer = optjax.load(model)
+    ids, mask = tokenizer(prompts)
+    key = None if seed is None else jax.random.key(seed)
+    options |= {"suppress_tokens": tokenizer.unused_ids(340), "do_sample": seed is not None}
+    made = optjax.generate(params, ids, mask, max_new_tokens=n, key=key, **options)
+    return [tokenizer.decode(row[ids.shape[1] :]) for row in np.asarray(made)]
+
+
+DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("--greedy --ignore-eos", {"eos_token_id": []}),
+        ("--seed 5", {"seed": 5, **DEFAULTS}),
+        ("--seed 5 --temperature 2 --top-k 0 --top_p=0.9", {"seed": 5, "temperature": 2.0, "top_k": 0, "top_p": 0.9}),
+        (
+            "--seed 6 --min-p 0.1 --typical-p 0.9 --repetition-penalty 1.3 --no-repeat-ngram-size 2 --min-new-tokens 3",
+            {"seed": 6, **DEFAULTS, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.3}
+            | {"no_repeat_ngram_size": 2, "min_new_tokens": 3},
+        ),
+    ],
+)  # fmt: skip
+def test_text_is_what_generate_gives(run, model, words, options):
+    prompt = "naïve 😀 日本語"
+    result = run("generate", "--model", model, prompt, "-n", 40, *words.split())
+    assert result.status == 0, result.err
+    [text] = expected_texts(model, [prompt], 40, **options)
+    assert result.out == prompt + text + "\n"
+    # The random model writes bytes that are no characters, and the stream holds them back until they are certain.
+    assert "\ufffd" in text
+    assert "the first after" not in result.err and str(model) in result.err
+    assert f"seed {options.get('seed')}" in result.err or "greedy" in result.err
+
+
+def test_only_the_continuation_and_the_speed(run, model):
+    result = run("generate", "--model", model, "the", "--greedy", "-n", 5, "--no-echo", "--stats")
+    assert result.out == expected_texts(model, ["the"], 5)[0] + "\n"
+    assert re.search(r"5 tokens: the first after [\d.]+ s, then [\d,]+ tokens/s", result.err)
+    assert run("generate", "--model", model, "the", "--greedy", "-n", 5, "--quiet").err == ""
+
+
+def test_ids_without_text_never_come(run, model):
+    """Rows of the embedding that the tokenizer lacks are probable, and are suppressed (Hugging Face #18268)."""
+    params, tokenizer = optjax.load(model)
+    free = optjax.generate(
+        params, *tokenizer("the"), max_new_tokens=64, key=jax.random.key(1), do_sample=True, top_k=0, eos_token_id=[]
+    )
+    assert (np.asarray(free) >= tokenizer.vocab_size).any()
+    words = ("--seed", 1, "--top-k", 0, "--top-p", 1, "--temperature", 1, "-n", 64, "--ignore-eos")
+    result = run("generate", "--model", model, "the", *words)
+    assert result.status == 0, result.err
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": []}
+    assert result.out == "the" + expected_texts(model, ["the"], 64, 1, **options)[0] + "\n"
+
+
+def test_a_new_seed_each_time_gives_the_same_text_again(run, model):
+    first = run("generate", "--model", model, "the", "-n", 20)
+    seed = re.search(r"seed (\d+)", first.err)[1]
+    assert run("generate", "--model", model, "the", "-n", 20, "--seed", seed).out == first.out
+    other = run("generate", "--model", model, "the", "-n", 20)
+    assert re.search(r"seed (\d+)", other.err)[1] != seed
+
+
+def test_prompts_from_pipes_and_files(run, model, tmp_path):
+    greedy = ("--model", model, "--greedy", "-n", 8)
+    piped = run("generate", *greedy, stdin="the dög\nand\n".encode())
+    assert piped.out == "the dög\nand" + expected_texts(model, ["the dög\nand"], 8)[0] + "\n"
+    assert run("generate", "the", *greedy, stdin=b"not read").out.startswith(
+        "the" + expected_texts(model, ["the"], 8)[0]
+    )
+
+    prompts = ["the", "the old house stood", "dög\u2028x"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffthe\r\n\nthe old house stood\n  \ndög\u2028x".encode())
+    expected = expected_texts(model, prompts, 8)
+    result = run("generate", *greedy, "--file", file, "--batch-size", 2)
+    texts = [prompt + text for prompt, text in zip(prompts, expected, strict=True)]
+    assert result.out == "".join(f"==> {i} of 3 <==\n{text}\n" for i, text in enumerate(texts, 1))
+
+    result = run("generate", *greedy, "--file", "-", "--jsonl", stdin=file.read_bytes())
+    lines = [json.loads(line) for line in result.out.split("\n")[:-1]]
+    assert [line["prompt"] for line in lines] == prompts
+    assert [line["text"] for line in lines] == expected
+    assert all(line["tokens"] == 8 and line["finish_reason"] == "length" for line in lines)
+
+
+def test_texts_end_at_eos(run, model):
+    """Every continuation that --min-new-tokens does not hold back ends in </s> here, some sooner than others."""
+    words = ("--model", model, "--seed", 3, "--temperature", 1, "--top-k", 0, "--num-return-sequences", 40, "-n", 64)
+    lines = [json.loads(line) for line in run("generate", "the", *words, "--jsonl").out.split("\n")[:-1]]
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "num_return_sequences": 40}
+    assert [line["text"] for line in lines] == expected_texts(model, ["the"], 64, 3, **options)
+    assert {line["finish_reason"] for line in lines} == {"eos", "length"}
+    assert all(line["tokens"] == 64 for line in lines if line["finish_reason"] == "length")
+    assert any(line["tokens"] < 64 for line in lines)
+
+
+def test_without_a_prompt_there_is_a_sample(run):
+    """With opt-mini, which is what --model is by default."""
+    result = run("generate", "-n", 8, "--seed", 1)
+    assert result.status == 0, result.err
+    assert result.out.startswith("The old house")
+    assert "no prompt is given" in result.err
+    assert re.search(r"^opt-mini: [\d.]+M parameters, float32 on \w+; it ships with optjax", result.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "status", "said"),
+    [
+        (["generate", "--temprature", "1"], None, 2, ["--temprature", "did you mean --temperature?"]),
+        (["genrate"], None, 2, ["genrate", "generate"]),
+        (["generate", "the", "old", "house"], None, 2, ['"the old house"']),
+        (["generate", "the", "--file", "x"], None, 2, ["--file"]),
+        (["generate", "--file", "no/such"], None, 1, ["no/such"]),
+        (["generate", "--file", "-"], b"\n \n", 2, ["standard input"]),
+        (["generate"], b"", 2, ["standard input"]),
+        (["generate"], b"\xff\xfe", 1, ["UTF-8"]),
+        (["generate", "the", "--greedy", "--seed", "1", "--top-p", ".5"], None, 2, ["--top-p, --seed"]),
+        (["generate", "the", "--greedy", "--num-return-sequences", "2"], None, 2, ["--num-return-sequences"]),
+        (["generate", "the", "-n", "0"], None, 2, ["-n", "'0'"]),
+        (["generate", "the", "--seed", "-1"], None, 2, ["--seed"]),
+        (["generate", "the", "--temperature", "0"], None, 1, ["temperature", "above 0"]),
+        (["generate", "the", "--top-p", "7"], None, 1, ["top_p"]),
+        (["generate", "the", "-n", str(POSITIONS)], None, 1, [f"--max-new-tokens {POSITIONS - 2} or less"]),
+        (["generate", "dog " * POSITIONS], None, 1, ["shorten the prompt", str(POSITIONS)]),
+        (["generate", "lone \udcff surrogate"], None, 1, ["UTF-8"]),
+        (["convert", "x"], None, 2, ["DEST"]),
+        (["convert", "no/such/model", "{tmp}/new"], None, 1, ["no/such/model"]),
+        (["info", "opt-35m"], None, 1, ["did you mean opt-350m?"]),
+        (["info", "{tmp}"], None, 1, ["holds no checkpoint"]),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(run, model, tmp_path, words, stdin, status, said):
+    words = [word.format(tmp=tmp_path) for word in words]
+    if words[0] == "generate":
+        words += ["--model", str(model)]
+    check_error(run(*words, stdin=stdin), status, *said)
+
+
+def test_a_model_without_a_tokenizer(run, model, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    check_error(run("generate", "the", "--model", tmp_path), 1, "no tokenizer", "tokenizer.json")
+    result = run("generate", "the", "--model", tmp_path, "--tokenizer", model, "--greedy", "-n", 5)
+    assert result.out == "the" + expected_texts(model, ["the"], 5)[0] + "\n"
+
+
+def test_unexpected_failures_name_the_way_to_the_traceback(run, model, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("something broke")
+
+    monkeypatch.setattr(optjax, "stream", fail)
+    check_error(run("generate", "the", "--model", model), 1, "RuntimeError: something broke", "--debug")
+    with pytest.raises(RuntimeError, match="something broke"):
+        run("generate", "the", "--model", model, "--debug")
+    monkeypatch.setenv("OPTJAX_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="something broke"):
+        run("generate", "the", "--model", model)
+
+
+def test_help(run):
+    for words in ([], *([command] for command in COMMANDS)):
+        result = run(*words, "--help")
+        assert result.status == 0 and result.err == ""
+        assert "examples:" in result.out and max(map(len, result.out.split("\n"))) <= 100
+    assert run().status == 2
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
+def test_the_examples_of_the_help_are_possible(run, command):
+    examples = re.findall(r"^  .*?\boptjax ((?:generate|convert|info).*)$", run(*command, "--help").out, re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        words = shlex.split(re.split(r" {2,}| [>|] ", example)[0])
+        assert parse(words).command == words[0]
+
+
+def test_help_and_published_sizes_do_without_jax():
+    program = "import sys; from optjax.cli import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
+    for words in (["--help"], ["generate", "--help"], ["--version"], ["info"], ["info", "opt-175b", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, cwd=Path(__file__).parents[1]
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr.decode()}"
+
+
+def test_version(run):
+    assert run("--version").out.startswith(f"optjax {optjax.__version__} (jax {jax.__version__}, Python 3.")
+
+
+# As processes of their own: signals, pipes, bytes, and what is kept from one run to the next.
+
+
+def test_process_writes_utf8_and_keeps_compiled_programs(model, tmp_path):
+    words = ("generate", "--model", model, "--seed", 5, "-n", 40)
+    results = []
+    for _ in range(2):
+        process = spawn(*words, cache=tmp_path)
+        out, err = process.communicate("naïve 日本語".encode())
+        assert process.returncode == 0, err.decode()
+        results.append((out, sorted((tmp_path / "optjax" / "compiled").rglob("*-cache"))))
+    [text] = expected_texts(model, ["naïve 日本語"], 40, 5, **DEFAULTS)
+    assert results[0][0].decode() == "naïve 日本語" + text + "\n"
+    assert results[0] == results[1] and results[0][1]
+    assert oct(results[0][1][0].parent.stat().st_mode & 0o777) == "0o700"
+
+
+def test_interrupt_ends_quietly(model, tmp_path):
+    process = spawn("generate", "the", "--model", model, "-n", 2000, "--ignore-eos", cache=tmp_path)
+    assert process.stdout.read(6)  # text has begun to come
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert b"Traceback" not in err and b"error" not in err
+
+
+def test_a_reader_that_goes_away_is_no_error(model, tmp_path):
+    process = spawn("generate", "the", "--model", model, "-n", 2000, "--ignore-eos", cache=tmp_path)
+    assert process.stdout.read(6)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 141
+    assert b"Traceback" not in err and b"rror" not in err
+    process.stdin.close()
+    process.stderr.close()
