@@ -64,8 +64,8 @@ def _attend_heads(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
 def _attend_flat(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
     b, t, h, d = q.shape
     if t > 1:
-        per_head = [x.reshape(b, -1, h, d).swapaxes(1, 2) for x in (k, v)]
-        return _attend_heads(q, *per_head, weigh)
+        k, v = (x.reshape(b, -1, h, d).swapaxes(1, 2) for x in (k, v))
+        return _attend_heads(q, k, v, weigh)
     # One query: lay q out block-diagonally, [B, D, H], so that all heads' scores are one matrix product with the flat
     # keys. It multiplies H times more zeros, on a unit that waits for memory anyway.
     own = jnp.repeat(jnp.eye(h, dtype=q.dtype), d, axis=1)  # [H, D]: the columns that are a head's own

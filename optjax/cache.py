@@ -96,8 +96,8 @@ def init_cache(
     b, s, h, k = batch_size, max_length, config.num_attention_heads, config.head_dim
     shape = (b, s, h * k) if layout == "flat" else (h, s, k) if b == 1 else (b, h, s, k)
     # Each buffer is its own array: a shared one could not be donated.
-    buffers = [tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2)]
-    return Cache(*buffers, jnp.zeros((b, s), bool), jnp.zeros((b,), jnp.int32), jnp.int32(0), layout)
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2))
+    return Cache(keys, values, jnp.zeros((b, s), bool), jnp.zeros((b,), jnp.int32), jnp.int32(0), layout)
 
 
 def default_layout() -> str:

@@ -120,19 +120,19 @@ def check_inputs(
         raise ValueError("give either ids or inputs_embeds, " + ("not both" if ids is not None else "one of them"))
     if ids is not None:
         ids = as_ids(ids, config.vocab_size)
-        shape = ids.shape
+        b, t = ids.shape
     else:
         inputs_embeds = as_array(inputs_embeds, "inputs_embeds")
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.embed_dim or 0 in inputs_embeds.shape:
             raise ValueError(f"inputs_embeds should have shape [B, T, {config.embed_dim}], got {inputs_embeds.shape}")
         if not jnp.issubdtype(inputs_embeds.dtype, jnp.floating):
             raise ValueError(f"inputs_embeds should be floating point, got {inputs_embeds.dtype}")
-        shape = inputs_embeds.shape[:2]
+        b, t = inputs_embeds.shape[:2]
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(f"cache should come from init_cache, got {type(cache).__name__}")
-    mask = None if attention_mask is None else as_mask(attention_mask, shape)
+    mask = None if attention_mask is None else as_mask(attention_mask, (b, t))
     position_ids = None if position_ids is None else as_array(position_ids, "position_ids")
-    check_positions(config, mask, position_ids, cache, shape)
+    check_positions(config, mask, position_ids, cache, (b, t))
     return Inputs(
         ids=ids,
         embeds=inputs_embeds,
@@ -172,6 +172,9 @@ def decoder(
         y, attention, buffers = _layer(config, weights, x, mask, head_mask, key, past)
         return y, (x if keep_hidden else None, attention if keep_attention else None, buffers)
 
+    hidden: Any
+    attentions: Any
+    buffers: Any = None
     if params.stacked and cache is None:
         layers = jnp.arange(config.num_hidden_layers)
 
@@ -181,7 +184,6 @@ def decoder(
 
         x, (hidden, attentions, _) = jax.lax.scan(step, x, (params["layers"], layers, inputs.head_mask))
         hidden, attentions = (None if a is None else tuple(a) for a in (hidden, attentions))
-        buffers = None
     else:
         # With a cache the layers are unrolled: a scan would carry a second copy of the cache.
         kept = []

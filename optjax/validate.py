@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optjax.cache import Cache
 from optjax.config import OPTConfig
@@ -21,7 +22,7 @@ def is_concrete(*values: Any) -> bool:
     """Whether the content of all values may be looked at: none is a tracer, or lies on other hosts of a pod."""
 
     def here(leaf: Any) -> bool:
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             return False
         return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 

@@ -57,7 +57,8 @@ class Checkpoints:
         abstract = jax.eval_shape(lambda params: init_state(params, recipe), abstract_params(config, stacked=stacked))
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-        return self._manager.restore(self.latest, args=ocp.args.StandardRestore(target))
+        restored: Any = self._manager.restore(self.latest, args=ocp.args.StandardRestore(target))
+        return restored
 
 
 def remember_run(folder: str | Path, about: dict[str, Any]) -> None:

@@ -49,11 +49,12 @@ class Recipe:
         object.__setattr__(self, "decay_from", decay_from)
 
 
-def learning_rate(recipe: Recipe, step: int | jax.Array) -> jax.Array:
+def learning_rate(recipe: Recipe, step: jax.typing.ArrayLike) -> jax.Array:
     """The learning rate of the update that follows `step` finished ones: the first is peak_lr / warmup_steps, not 0."""
-    warmup = (step + 1) / max(1, recipe.warmup_steps)
+    done = jnp.asarray(step)
+    warmup = (done + 1) / max(1, recipe.warmup_steps)
     decay_steps = max(1, recipe.total_steps - (recipe.decay_from or 0))
-    gone = jnp.clip((step + 1 - (recipe.decay_from or 0)) / decay_steps, 0.0, 1.0)
+    gone = jnp.clip((done + 1 - (recipe.decay_from or 0)) / decay_steps, 0.0, 1.0)
     return recipe.peak_lr * jnp.minimum(warmup, 1.0 - (1.0 - recipe.final_fraction) * gone)
 
 

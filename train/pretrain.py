@@ -128,8 +128,9 @@ class _Interrupt:
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = True
-        if number in self._before:
-            signal.signal(number, self._before[number])
+        which = signal.Signals(number)
+        if which in self._before:
+            signal.signal(which, self._before[which])
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

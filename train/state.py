@@ -35,7 +35,8 @@ def init_state(params: Params, recipe: Recipe) -> TrainState:
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if dtypes != {"float32"}:
         raise ValueError(f"training keeps its weights in float32, these are {', '.join(sorted(dtypes))}")
-    return TrainState(params, optimizer(recipe, params).init(params), jnp.zeros((), jnp.int32))
+    tree: Any = params  # optax takes any pytree; its annotations name only some
+    return TrainState(params, optimizer(recipe, params).init(tree), jnp.zeros((), jnp.int32))
 
 
 @partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
@@ -52,7 +53,8 @@ def train_step(state: TrainState, records: jax.Array, recipe: Recipe, seed: int 
     random = config.dropout > 0 or config.attention_dropout > 0 or config.layerdrop > 0
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
     loss, grads = jax.value_and_grad(next_token_loss)(state.params, records, key)
-    updates, opt_state = optimizer(recipe, state.params).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    tree: Any = state.params
+    updates, opt_state = optimizer(recipe, state.params).update(grads, state.opt_state, tree)
+    params: Any = optax.apply_updates(tree, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": learning_rate(recipe, state.step)}
     return TrainState(params, opt_state, state.step + 1), metrics

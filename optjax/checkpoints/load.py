@@ -70,7 +70,7 @@ def load_params(
     with progress_bar(opened.nbytes, f"loading {Path(source).name}", progress) as advance:
 
         def leaf(weight: Weight, layer: int | None) -> jax.Array:
-            if weight in plan.created:
+            if weight in plan.created and key is not None:
                 own = jax.random.fold_in(key, np.uint32(zlib.crc32(weight.path.encode())))
                 return init_weight(config, weight, own, dtype or _common_dtype(plan.tensors))
             if weight.per_layer and layer is None:

@@ -77,7 +77,7 @@ def _join_shards(opened: list[tuple[dict, ToRef]], files: list[Path]) -> dict[st
         if len(models) > 1:
             raise CheckpointError(f"{len(files)} shards, but what they hold is not sharded: name one file")
         return models[0]
-    metadata = [content.get("shard_metadata") for content, _ in opened]
+    metadata: list[Any] = [content.get("shard_metadata") for content, _ in opened]
     if not all(isinstance(m, dict) and isinstance(m.get("param_metadata"), list) for m in metadata):
         raise CheckpointError("the weights are flat, but shard_metadata, which says how to unfold them, is missing")
     out = {name: tensor for name, tensor in models[0].items() if "flat_param" not in name}

@@ -54,7 +54,7 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
         header.pop("__metadata__", None)
         tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
         _refuse_overlaps(path, tensors)
-    return tensors
+    return dict(tensors)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

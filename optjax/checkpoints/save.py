@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from optjax.checkpoints.detect import WEIGHTS_NAMES
 from optjax.checkpoints.entries import Entry, flax_entries, torch_entries
@@ -62,7 +63,7 @@ def save_params(
     if format not in _FORMATS:
         raise ValueError(f"no format {format!r} to write; there are: {', '.join(_FORMATS)}")
     leaves = jax.tree.leaves(params)
-    if any(isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray | LazyTensor) for x in leaves):
+    if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray | LazyTensor) for x in leaves):
         raise ValueError("params hold something that is no array of values (abstract_params? inside jit?)")
     limit = parse_size(max_shard_size)
     write, make_entries = _FORMATS[format]

@@ -202,7 +202,7 @@ def block(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:
 def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array from its bytes at ``offset``."""
     out = np.empty(shape, dtype)
-    left = memoryview(out.reshape(-1).view(np.uint8))
+    left = out.reshape(-1).view(np.uint8).data
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while len(left):

@@ -98,7 +98,7 @@ def _open_legacy(path: Path) -> tuple[Any, ToRef]:
     try:
         magic, at = unpickle(data)
     except CheckpointError:
-        magic = at = None
+        magic, at = None, 0
     if magic != _LEGACY_MAGIC:
         raise CheckpointError(f"{path} is not a file of torch.save (neither its zip nor its older layout)")
     _, at = unpickle(data, at)

@@ -33,7 +33,7 @@ class GenerateOutput:
     """
 
     sequences: jax.Array
-    logprobs: jax.Array
+    logprobs: jax.Array | None
     scores: jax.Array | None = None
 
 
@@ -83,7 +83,8 @@ def generate(
     sequences = array(join([prompts, host.token[:, :n]], axis=1))
     if not return_dict:
         return sequences
-    return GenerateOutput(sequences, *(None if x is None else array(x[:, :n]) for x in (host.logprob, host.scores)))
+    logprobs, scores = (None if x is None else array(x[:, :n]) for x in (host.logprob, host.scores))
+    return GenerateOutput(sequences, logprobs, scores)
 
 
 def stream(

@@ -68,8 +68,9 @@ def process(settings: Settings, history: History, scores: jax.Array) -> jax.Arra
 
 
 def repetition_penalty(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
-    penalty = settings.repetition_penalty
-    return jnp.where(history.seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+    penalty, seen = settings.repetition_penalty, history.seen
+    assert seen is not None  # kept where there is a penalty: see new_history
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def no_repeat_ngram(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
