@@ -32,7 +32,7 @@ from optjax.checkpoints import CheckpointError
 from optjax.checkpoints.match import expected
 
 CONFIG = PRE_NORM.replace(vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=2, max_position_embeddings=6)
-FILES_EACH = 130
+FILES_EACH = 150
 
 
 def make_safetensors(folder: Path) -> None:

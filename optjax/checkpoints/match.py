@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +23,14 @@ _ARCHITECTURES = {
     "OPTForQuestionAnswering": "question_answering",
 }
 _HEAD_WEIGHTS = ("lm_head.", "score.", "qa_outputs.")
+# In the order in which they are listed.
+_PROBLEMS = (
+    "problems with the files",
+    "missing",
+    "of the wrong shape",
+    "not floating point (quantized?)",
+    "unexpected",
+)
 
 
 @dataclass
@@ -55,13 +62,8 @@ def match(contents: Contents, config: OPTConfig, head: str | None, *, create_hea
     """
     if head not in HEADS:
         raise ValueError(f"no head named {head!r}; there are: {', '.join(map(repr, HEADS))}")
-    problems: dict[str, list[str]] = {}
-
-    def problem(kind: str, text: str) -> None:
-        problems.setdefault(kind, []).append(text)
-
-    for text in contents.problems:
-        problem("problems with the files", text)
+    problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEMS}
+    problems["problems with the files"] += contents.problems
     tensors = dict(contents.tensors)
     if config.num_hidden_layers > len(tensors):
         raise CheckpointError(
@@ -71,23 +73,25 @@ def match(contents: Contents, config: OPTConfig, head: str | None, *, create_hea
     _use_only_copy(tensors, config)
 
     out = Match({})
+    missing: list[Weight] = []
     for weight, layer, path in expected(config, head):
         tensor = tensors.pop(path, None)
         if tensor is None:
             if path.startswith(_HEAD_WEIGHTS) and create_head:
                 out.created.append(weight)
             else:
-                problem("missing", f"{path} {weight.shape}")
+                missing.append(weight)
+                problems["missing"].append(f"{path} {weight.shape}")
         elif tensor.shape != weight.shape:
-            problem("of the wrong shape", f"{path}: {tensor.shape} in the file, {weight.shape} by the config")
+            text = f"{path}: {tensor.shape} in the file, {weight.shape} by the config"
+            problems["of the wrong shape"].append(text)
         elif tensor.dtype not in FLOATS:
-            problem("not floating point (quantized?)", f"{path}: {tensor.dtype}")
+            problems["not floating point (quantized?)"].append(f"{path}: {tensor.dtype}")
         else:
             out.tensors[weight.path, layer] = tensor
-    for text in _leftovers(tensors, config):
-        problem("unexpected", text)
-    if problems:
-        raise CheckpointError(_message(problems, config, head))
+    problems["unexpected"] += _leftovers(tensors, config)
+    if any(problems.values()):
+        raise CheckpointError(_message(problems, missing, config, head))
     return out
 
 
@@ -127,14 +131,12 @@ def _leftovers(tensors: dict[str, TensorRef], config: OPTConfig) -> Iterator[str
             yield f"{shorten(path)} {tensor.shape}"
 
 
-def _message(problems: dict[str, list[str]], config: OPTConfig, head: str | None) -> str:
+def _message(problems: dict[str, list[str]], missing: list[Weight], config: OPTConfig, head: str | None) -> str:
     lines = ["the checkpoint does not fit its config"]
-    lines += [listing(kind, items) for kind, items in problems.items()]
-    missing = problems.get("missing", [])
-    heads = [m for m in missing if m.startswith(_HEAD_WEIGHTS)]
-    if heads and len(heads) == len(missing):
+    lines += [listing(kind, items) for kind, items in problems.items() if items]
+    if missing and all(w.path.startswith(_HEAD_WEIGHTS) for w in missing):
         lines.append(f"The head {head!r} is not in the checkpoint: pass key=jax.random.key(0) to create one.")
-    biases = sum(1 for w, _, _ in expected(config, head) if w.kind == "bias")
-    if config.enable_bias and biases and sum(bool(re.search(r"\.bias \(", m)) for m in missing) >= biases:
+    biases = sum(w.kind == "bias" for w, _, _ in expected(config, head))
+    if len(missing) == biases > 0 and all(w.kind == "bias" for w in missing):
         lines.append("All biases are missing: a model without them has enable_bias=false in its config.json.")
     return "\n".join(lines)

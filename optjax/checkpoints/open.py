@@ -49,8 +49,10 @@ def open_checkpoint(
 def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> OPTConfig:
     if isinstance(given, OPTConfig):
         return given
-    if given is not None:
+    if isinstance(given, str):
         return OPTConfig.preset(given)
+    if given is not None:
+        raise ValueError(f"config should be an OPTConfig or the name of a preset, not {type(given).__name__}")
     if (folder / "config.json").is_file():
         try:
             config = OPTConfig.from_json(folder)
