@@ -1,6 +1,7 @@
 # make demo   text from the embedded model; installs what it needs into .venv first
 # make test   the tests
 # make lint   ruff and pyright
+# make notebooks   colab/*.ipynb from their texts, colab/*.py
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 TEST := $(VENV)/.test
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 demo: $(CORE)
 	$(BIN)/optjax generate "The old house stood at the end of the road, and"
@@ -22,6 +23,9 @@ lint: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	VENV="$(VENV)" .ci/typecheck
+
+notebooks: $(TEST)
+	$(BIN)/python colab/pair.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

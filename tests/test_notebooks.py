@@ -1,0 +1,72 @@
+"""The notebooks: paired with their text, pinned to the versions that are tested, and running from top to bottom."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COLAB = REPOSITORY / "colab"
+TEXTS = sorted(path for path in COLAB.glob("*.py") if path.name != "pair.py")
+
+# In a process of its own: the kernel's client has threads and warnings that are no concern of these tests.
+EXECUTE = """
+import sys, nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read(sys.argv[1], 4)
+NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+def names(path: Path) -> str:
+    return path.stem
+
+
+def test_all_are_found():
+    assert {path.stem for path in TEXTS} == {path.stem for path in COLAB.glob("*.ipynb")} >= {"generate"}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=names)
+def test_notebook_is_its_text(text: Path):
+    program = (
+        "import sys; from pathlib import Path; from pair import notebook; print(notebook(Path(sys.argv[1])), end='')"
+    )
+    made = subprocess.run([sys.executable, "-c", program, text], cwd=COLAB, capture_output=True, check=True).stdout
+    assert made == text.with_suffix(".ipynb").read_bytes(), f"{text.name} was changed: run `make notebooks`"
+    notebook = json.loads(made)
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=names)
+def test_pins_are_the_tested_versions(text: Path):
+    pins = re.findall(r'"(\w+==[\d.]+)"', text.read_text(encoding="utf-8"))
+    tested = (REPOSITORY / ".ci" / "constraints.txt").read_text(encoding="utf-8").split()
+    assert {pin.split("==")[0] for pin in pins} >= {"jax", "jaxlib", "tokenizers"}
+    assert [pin for pin in pins if pin not in tested] == []
+
+
+def execute(notebook: Path, folder: Path) -> list[dict]:
+    """The cells after a run without a network, in an empty folder, where pip would fail."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "PIP_NO_INDEX": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
+    done = folder / "done.ipynb"
+    command = [sys.executable, "-W", "ignore", "-c", EXECUTE, str(notebook), str(done)]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(done.read_text(encoding="utf-8"))["cells"]
+
+
+def test_generate_runs(tmp_path):
+    cells = execute(COLAB / "generate.ipynb", tmp_path)
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4
+    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    assert said.count("left out:") == 1  # the hub's model
+    assert said.count("The old house stood at the end of the road, and") >= 4
