@@ -186,6 +186,10 @@ def test_texts_end_at_eos(run, model):
     assert {line["finish_reason"] for line in lines} == {"eos", "length"}
     assert all(line["tokens"] == 64 for line in lines if line["finish_reason"] == "length")
     assert any(line["tokens"] < 64 for line in lines)
+    lines = [
+        json.loads(line) for line in run("generate", "the", *words, "--jsonl", "--ignore-eos").out.split("\n")[:-1]
+    ]
+    assert {(line["finish_reason"], line["tokens"]) for line in lines} == {("length", 64)}
 
 
 def test_without_a_prompt_there_is_a_sample(run):
