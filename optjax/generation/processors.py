@@ -124,7 +124,7 @@ def top_k(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
 def top_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
     """Holtzman et al. 2020: keeps a token while the mass above it is less than top_p; ties stay together."""
     p = jax.nn.softmax(scores, axis=-1)
-    return jnp.where(p >= mass_threshold(p, p, settings.top_p), scores, NEVER)
+    return jnp.where(scores >= mass_threshold(scores, p, settings.top_p), scores, NEVER)
 
 
 def min_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:

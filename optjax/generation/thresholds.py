@@ -22,8 +22,9 @@ def mass_threshold(x: jax.Array, p: jax.Array, mass: jax.Array) -> jax.Array:
     Where rounding keeps the whole of a row below ``mass``, the least value there is: everything is kept.
     """
     threshold = _largest(x, lambda chosen: _row_sum(jnp.where(chosen, p, 0.0)) >= mass)
-    # No higher than the largest, also where ``mass`` is so small that hardware takes it for 0.
-    return jnp.minimum(threshold, x.max(-1, keepdims=True))
+    # No higher than the largest, also where ``mass`` is so small that hardware takes it for 0 and all bits come out 1.
+    largest = x.max(-1, keepdims=True)
+    return jnp.where(threshold <= largest, threshold, largest)
 
 
 def _largest(x: jax.Array, enough) -> jax.Array:
