@@ -6,6 +6,7 @@ Zhang et al. 2022 (OPT: Open Pre-trained Transformer Language Models), in the fo
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from optjax.validate import as_array, as_head_mask, as_ids, as_mask, check_param
 # Hugging Face's position table has two rows before that of position 0 (#20761). Masked slots are at position -1.
 POSITION_OFFSET = 2
 LAYER_NORM_EPS = 1e-5
+# Up to this many rows a product with a weight takes as long as reading the weight.
+FEW_ROWS = 32
 
 _ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -291,8 +294,16 @@ def _self_attention(config: OPTConfig, weights: dict[str, Any], x, mask, head_ma
 
 def linear(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
     """``x Wᵀ + b``, with W ``[out, in]``."""
-    y = jnp.einsum("...i,oi->...o", x, weights["weight"].astype(x.dtype))
-    return y + weights["bias"].astype(x.dtype) if "bias" in weights else y
+    weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
+    bias = None if bias is None else bias.astype(x.dtype)
+    rows = math.prod(x.shape[:-1])
+    if rows <= FEW_ROWS and jax.default_backend() == "cpu":
+        # As (W xᵀ + b)ᵀ: XLA's CPU backend reads W up to 40% faster as the left operand: bench/small_products.py.
+        y = jnp.einsum("oi,ri->or", weight, x.reshape(rows, -1))
+        y = y if bias is None else y + bias[:, None]
+        return y.T.reshape(*x.shape[:-1], -1)
+    y = jnp.einsum("...i,oi->...o", x, weight)
+    return y if bias is None else y + bias
 
 
 def layer_norm(x: jax.Array, weights: dict[str, jax.Array] | None) -> jax.Array:
