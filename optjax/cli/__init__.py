@@ -15,10 +15,10 @@ from optjax.cli import terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. ``argv`` without the program's name; by default the process's."""
-    from optjax.cli.arguments import parse
-
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        from optjax.cli.arguments import parse
+
         arguments = parse(words)
         status = arguments.run(arguments)
         sys.stdout.flush()
