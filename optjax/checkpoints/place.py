@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.checkpoints.tensors import TensorRef
+from optjax.checkpoints.tensors import TensorRef, aligned_empty
 from optjax.config import OPTConfig
 from optjax.declaration import Weight
 
@@ -40,8 +40,12 @@ def placer(config: OPTConfig, head: str | None, mesh: Any, rules: Any) -> Placer
 
 def place_on_one_device(weight: Weight, layer: int | None, tensor: TensorRef, dtype: np.dtype) -> jax.Array:
     """The tensor on the default device. It is there when this returns, so that the host's copy can go."""
-    array = tensor.read().astype(dtype, copy=False)
-    return jax.block_until_ready(jnp.array(array))
+    array = tensor.read()
+    if array.dtype != dtype:
+        cast = aligned_empty(array.shape, dtype)
+        cast[...] = array
+        array = cast
+    return jax.block_until_ready(jax.device_put(array))
 
 
 def stack(arrays: Any, n: int) -> jax.Array:

@@ -201,7 +201,7 @@ def block(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:
 
 def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array from its bytes at ``offset``."""
-    out = np.empty(shape, dtype)
+    out = aligned_empty(shape, dtype)
     left = out.reshape(-1).view(np.uint8).data
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
@@ -211,3 +211,11 @@ def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype)
                 raise CheckpointError(f"{path} ended while a tensor was read: {len(left)} bytes are missing")
             left = left[got:]
     return out
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """``np.empty`` at a multiple of 64 bytes: such an array becomes a jax array on the CPU as it is, without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
