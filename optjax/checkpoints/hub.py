@@ -6,6 +6,8 @@ import importlib.resources
 import re
 from pathlib import Path
 
+from optjax.checkpoints.errors import shorten
+
 PACKAGED = ("opt-mini",)
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 # What a checkpoint needs beside its weights.
@@ -36,10 +38,11 @@ def resolve_source(
 
     Raises:
       FileNotFoundError: there is no such path, and no such model on the hub or no way to reach it.
-      ValueError: it is neither a path nor a hub id; access is refused.
+      ConnectionError: the network failed on the way; a second attempt goes on where the first stopped.
+      ValueError: the hub refuses access.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if str(source) and path.exists():
         return path
     name = str(source)
     if name in PACKAGED:
@@ -55,29 +58,20 @@ def resolve_source(
 def _download(repo: str, revision: str | None, token: str | bool | None, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     where = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
+    reached = False
     try:
-        try:
-            files = HfApi(token=token).list_repo_files(repo, revision=revision)
-        except (OfflineModeIsEnabled, OSError) as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
-            # No network: what an earlier download left will do, if it is complete.
-            folder = Path(snapshot_download(repo, revision=revision, token=token, local_files_only=True))
-            return folder
-        return Path(
-            snapshot_download(repo, revision=revision, token=token, allow_patterns=_wanted(files, weights, where))
-        )
+        files = HfApi(token=token).list_repo_files(repo, revision=revision)
+        reached = True
+        wanted = _wanted(files, weights, where)
+        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=wanted))
     except GatedRepoError:
         raise ValueError(f"access to {where} is restricted: ask for it on its page, then pass token=") from None
     except RepositoryNotFoundError:
@@ -87,13 +81,27 @@ def _download(repo: str, revision: str | None, token: str | bool | None, weights
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{repo!r} is on the hub, but has no revision {revision!r}") from None
     except HFValidationError as error:
-        raise ValueError(f"{repo!r} is neither a path nor a hub id: {error}") from None
-    except (LocalEntryNotFoundError, EntryNotFoundError) as error:
-        raise FileNotFoundError(f"{where} is not on this machine, and the hub cannot be reached: {error}") from None
-    except HfHubHTTPError as error:
-        raise ValueError(f"the hub refused {where}: {error}") from None
-    except OSError as error:
-        raise FileNotFoundError(f"{where} could not be downloaded: {error}") from None
+        raise FileNotFoundError(f"no file or folder at {repo!r}, and it is no hub id: {error}") from None
+    except NoCheckpointError:
+        raise
+    except Exception as error:
+        if reached:
+            raise ConnectionError(
+                f"the download of {where} broke off ({shorten(str(error))}): a second attempt goes on where it stopped"
+            ) from error
+        # No network: what an earlier download left will do, if it is complete.
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, token=token, local_files_only=True))
+            _wanted([path.name for path in folder.iterdir()], weights, where)
+            return folder
+        except (LocalEntryNotFoundError, NoCheckpointError):
+            raise FileNotFoundError(
+                f"no file or folder {repo!r} here; on the hub {where} cannot be reached: {shorten(str(error))}"
+            ) from error
+
+
+class NoCheckpointError(FileNotFoundError):
+    """A model on the hub in no format that optjax reads."""
 
 
 def _wanted(files: list[str], weights: bool, where: str) -> list[str]:
@@ -105,4 +113,4 @@ def _wanted(files: list[str], weights: bool, where: str) -> list[str]:
         chosen = [f for f in files if re.fullmatch(pattern, f)]
         if chosen:
             return small + chosen
-    raise FileNotFoundError(f"{where} holds no checkpoint that optjax reads; its files: {', '.join(files[:20])}")
+    raise NoCheckpointError(f"{where} holds no checkpoint that optjax reads; its files: {', '.join(files[:20])}")

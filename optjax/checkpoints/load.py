@@ -57,6 +57,7 @@ def load_params(
 
     Raises:
       FileNotFoundError: nothing is at ``source``, or no checkpoint is in it.
+      ConnectionError: a download broke off; a second attempt goes on where it stopped.
       ValueError: a dtype, head, key or config that makes no sense.
       CheckpointError (a ValueError): a file is broken, or missing, unexpected and mis-shaped tensors, all listed.
     """
