@@ -1,0 +1,102 @@
+"""A side in a process of its own, driven over pipes: one JSON object a line in, one out.
+
+`Worker` is the driver's end; `python -m bench.worker SIDE THREADS` the other. One process a side keeps memory peaks
+apart, and keeping all of them alive lets the driver ask them in turn, so that they share the machine's moods.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Worker:
+    def __init__(self, side: str, threads: int):
+        self.side = side
+        command = [sys.executable, "-m", "bench.worker", side, str(threads)]
+        root = Path(__file__).resolve().parents[1]
+        self._log = open(os.environ.get("BENCH_LOG", os.devnull), "a")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=root
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request; RuntimeError with what went wrong on the other side."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"the process died ({self._process.wait()})"}
+        if "error" in answer:
+            raise RuntimeError(f"{self.side}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+def main() -> None:
+    name, threads = sys.argv[1], int(sys.argv[2])
+    # What libraries print must not meet the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from bench.sides import SIDES, limit_threads
+
+    limit_threads(threads)
+    side = SIDES[name]()
+    for line in sys.stdin:
+        try:
+            answer = respond(side, threads, json.loads(line))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def respond(side: Any, threads: int, request: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    if "load" in request:
+        start = time.perf_counter()
+        side.load(Path(request["load"]), threads)
+        return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "version": side.version()}
+    if "reset" in request:
+        reset_peak()
+        return {}
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, request["vocab"], (request["batch"], request["prompt"]))
+    start = time.perf_counter()
+    out = side.generate(ids, request["new"])
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": peak_bytes(), "ids": np.asarray(out).tolist()}
+
+
+def reset_peak() -> None:
+    """Lets VmHWM start again from what is resident now; where the kernel refuses, the peak is of the whole process."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    main()
