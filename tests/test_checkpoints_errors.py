@@ -161,3 +161,12 @@ def test_presets_name_configs(tmp_path):
     with pytest.raises(CheckpointError, match="of the wrong shape"):
         write(make_state(config), tmp_path)
         load_params(tmp_path, config="opt-125m")
+
+
+@pytest.mark.parametrize("show", [True, False, None])
+def test_progress(tmp_path, capsys, show):
+    """A bar where it was asked for; by itself only for large checkpoints, where somebody can see it."""
+    write(make_state(PRE_NORM), tmp_path)
+    load_params(tmp_path, progress=show)
+    out, err = capsys.readouterr()
+    assert out == "" and ("loading" in err) == bool(show)

@@ -154,3 +154,12 @@ def test_flat_names_in_files(tmp_path):
     places = {name: f"flax_model-{i}.msgpack" for i in (0, 1) for name in names[i::2]}
     (tmp_path / "flax_model.msgpack.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert_same(load_params(tmp_path), {n: w.numpy() for n, w in state.items()})
+
+
+@pytest.mark.parametrize("head", MODELS)
+def test_safetensors_with_flax_names(tmp_path, head):
+    """What FlaxOPT writes under safe_serialization: kernels, in a safetensors file."""
+    model = make_model(POST_NORM, head)
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    assert (tmp_path / "model.safetensors").exists()
+    assert_same(load_params(tmp_path), state_of_flax(model))

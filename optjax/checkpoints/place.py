@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ from optjax.checkpoints.tensors import TensorRef, aligned_empty
 from optjax.config import OPTConfig
 from optjax.declaration import Weight
 
-# What puts one weight where it belongs: `place(weight, layer, tensor, dtype)` gives the array. `optjax.sharding`
-# provides one for a mesh: `checkpoint_placer(config, head, mesh, rules)`.
+# What puts one weight, of one layer, where it belongs: `place(weight, layer, tensor, dtype)` gives the array. For a
+# mesh `optjax.sharding.checkpoint_placer(config, head, mesh, rules)` provides one; it reads only the blocks that this
+# process's devices hold, by `tensor.read(index)`.
 Placer = Callable[[Weight, int | None, TensorRef, np.dtype], jax.Array]
 
 
@@ -48,23 +49,33 @@ def place_on_one_device(weight: Weight, layer: int | None, tensor: TensorRef, dt
     return jax.block_until_ready(jax.device_put(array))
 
 
-def stack(arrays: Any, n: int) -> jax.Array:
-    """``[L, …]`` from an iterator of ``L`` arrays, without holding all of them beside their stack."""
-    stacked = None
-    for i, array in enumerate(arrays):
-        if stacked is None:
-            stacked = _empty(array, n)
-        stacked = _set(stacked, array, np.int32(i))
-        jax.block_until_ready(stacked)
-    assert stacked is not None
+def stack(arrays: Iterator[jax.Array], n: int) -> jax.Array:
+    """``[L, …]`` from an iterator of ``L`` arrays, without holding all of them beside their stack.
+
+    The stack is spread over devices as its layers are.
+    """
+    first = next(arrays)
+    empty, put = _programs(_stacked_sharding(first.sharding))
+    stacked = put(empty(first, n), first, np.int32(0))
+    for i, array in enumerate(arrays, start=1):
+        stacked = jax.block_until_ready(put(stacked, array, np.int32(i)))
     return stacked
 
 
-@partial(jax.jit, static_argnums=1)
-def _empty(like: jax.Array, n: int) -> jax.Array:
-    return jnp.zeros((n, *like.shape), like.dtype)
+def _stacked_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+    return sharding
 
 
-@partial(jax.jit, donate_argnums=0)
-def _set(stacked: jax.Array, array: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, array, i, axis=0)
+@cache
+def _programs(sharding: jax.sharding.Sharding):
+    @partial(jax.jit, static_argnums=1, out_shardings=sharding)
+    def empty(like: jax.Array, n: int) -> jax.Array:
+        return jnp.zeros((n, *like.shape), like.dtype)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+    def put(stacked: jax.Array, array: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stacked, array, i, axis=0)
+
+    return empty, put
