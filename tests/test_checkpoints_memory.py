@@ -18,7 +18,7 @@ from optjax.checkpoints.match import expected
 CONFIG = OPTConfig.preset("opt-350m")  # 1.3 GB in float32.
 
 PROGRAM = """
-import json, resource, sys
+import json, sys
 import jax
 import optjax
 source, options = sys.argv[1], json.loads(sys.argv[2])
@@ -29,7 +29,9 @@ total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 value = float(params["embed_tokens"]["weight"][7, 3])
 if target:
     optjax.save_params(params, target)
-print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, total, value]))
+# Not ru_maxrss: that begins with the memory of the process that started this one.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([int(peak.split()[1]) * 1024, total, value]))
 """
 
 
