@@ -2,7 +2,7 @@
 
 A reader of the part of HDF5 that h5py writes by default and Keras uses: superblock 0 or 1, groups as B-trees of symbol
 tables, floating-point datasets stored contiguously or within their header (HDF5 File Format Specification 3.0, sections
-II.A, III.A-D, IV.A.1). The library itself crashes on some broken files, and it hides where a dataset's bytes lie.
+II.A, III.A-D, IV.A.1). So a broken file meets Python's bounds checks rather than C, and nothing needs installing.
 """
 
 from __future__ import annotations
