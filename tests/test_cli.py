@@ -74,7 +74,12 @@ def spawn(*words: str | Path, cache: Path, **options) -> subprocess.Popen:
     environment.pop("OPTJAX_DEBUG", None)
     command = [sys.executable, "-m", "optjax", *map(str, words)]
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], **(pipes | options))
+    # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], **(pipes | options))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_error(result: Result, status: int, *words: str) -> None:
