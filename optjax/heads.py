@@ -91,9 +91,8 @@ def _causal_lm(params: Params, inputs: Inputs, labels, output_hidden_states, out
 def lm_logits(params: Params, x: jax.Array) -> jax.Array:
     """Logits ``[…, V]`` in float32 from hidden states ``[…, E]``, by the tied embedding or the untied head."""
     name = "embed_tokens" if params.config.tie_word_embeddings else "lm_head"
-    weight = params[name]["weight"].astype(x.dtype)
     with jax.named_scope("lm_head"):
-        return jnp.einsum("...e,ve->...v", x, weight, preferred_element_type=jnp.float32)
+        return linear(x, {"weight": params[name]["weight"]}, jnp.float32)
 
 
 def sequence_classification(

@@ -292,18 +292,34 @@ def _self_attention(config: OPTConfig, weights: dict[str, Any], x, mask, head_ma
     return linear(out, weights["out_proj"]), attention, buffers
 
 
-def linear(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
-    """``x Wᵀ + b``, with W ``[out, in]``."""
+def linear(x: jax.Array, weights: dict[str, jax.Array], dtype: Any = None) -> jax.Array:
+    """``x Wᵀ + b``, with W ``[out, in]``, in ``dtype``: that of x by default."""
+    dtype = x.dtype if dtype is None else dtype
     weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
-    bias = None if bias is None else bias.astype(x.dtype)
+    if jax.default_backend() == "cpu":
+        return _linear_on_cpu(x, weight, bias).astype(dtype)
+    y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    return y if bias is None else y + bias.astype(dtype)
+
+
+def _linear_on_cpu(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`linear` as XLA's CPU backend does it best: bench/small_products.py has the figures.
+
+    The result is float32. Asked for bfloat16, XLA would multiply by way of a float32 copy of W.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    bias = None if bias is None else bias.astype(dtype)
     rows = math.prod(x.shape[:-1])
-    if rows <= FEW_ROWS and jax.default_backend() == "cpu":
-        # As (W xᵀ + b)ᵀ: XLA's CPU backend reads W up to 40% faster as the left operand: bench/small_products.py.
-        y = jnp.einsum("oi,ri->or", weight, x.reshape(rows, -1))
-        y = y if bias is None else y + bias[:, None]
-        return y.T.reshape(*x.shape[:-1], -1)
-    y = jnp.einsum("...i,oi->...o", x, weight)
-    return y if bias is None else y + bias
+    if rows > FEW_ROWS:
+        y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+        return y if bias is None else y + bias
+    flat = x.reshape(rows, -1)
+    if rows == 1 and x.dtype == jnp.bfloat16:
+        flat = jnp.concatenate([flat, flat])  # a product with a vector would copy W again
+    # As (W xᵀ + b)ᵀ: W is read up to 40% faster as the left operand.
+    y = jnp.einsum("oi,ri->or", weight, flat, preferred_element_type=dtype)[:, :rows]
+    y = y if bias is None else y + bias[:, None]
+    return y.T.reshape(*x.shape[:-1], -1)
 
 
 def layer_norm(x: jax.Array, weights: dict[str, jax.Array] | None) -> jax.Array:

@@ -43,9 +43,10 @@ def test_no_float64_and_no_stray_float32(dtype):
     text = text.as_text()
     assert "f64" not in text
     products = re.findall(r"dot_general .* : \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\) -> tensor<\S*x(\w+)>", text)
-    # q, k, v, scores, values, out, fc1, fc2, logits: scores and logits come out in float32.
+    # q, k, v, scores, values, out, fc1, fc2, logits: scores and logits come out in float32, and on CPU linear layers.
     own = "bf16" if dtype == jnp.bfloat16 else "f32"
-    results = [own, own, own, "f32", own, own, own, own, "f32"]
+    linear = "f32" if jax.default_backend() == "cpu" else own
+    results = [linear, linear, linear, "f32", own, linear, linear, linear, "f32"]
     assert products == [(own, own, result) for result in results]
 
 
@@ -70,6 +71,16 @@ def test_no_copy_of_the_weights(stacked):
     one_layer = _bytes(optjax.abstract_params(DEEP)["layers"][0])
     compiled = _compile(optjax.causal_lm, params, _ids(1, 4))
     assert _temporary(compiled) < 2 * one_layer + 2**18 < _bytes(params) / 4
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_in_bfloat16_copies_no_weights(rows):
+    """XLA's CPU backend multiplies most products of bfloat16 by way of float32 copies; not those with weights."""
+    params = optjax.abstract_params(CONFIG.replace(vocab_size=2048, hidden_size=256, ffn_dim=1024), jnp.bfloat16)
+    cache = jax.eval_shape(lambda: optjax.init_cache(params, rows, 16))
+    step = jax.jit(lambda params, ids, cache: optjax.causal_lm(params, ids, cache=cache), donate_argnums=2)
+    compiled = step.lower(params, _ids(rows, 1), cache).compile()
+    assert _temporary(compiled) < _bytes(params["layers"][0]["fc1"]["weight"])
 
 
 @pytest.mark.parametrize("layout", ["heads", "flat"])
