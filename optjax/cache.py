@@ -131,4 +131,6 @@ def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
         values=tuple(map(pick, cache.values)),
         mask=cache.mask[rows],
         lengths=cache.lengths[rows],
+        # Its own, as all else: either cache may be donated.
+        index=jnp.array(cache.index),
     )

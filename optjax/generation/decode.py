@@ -40,9 +40,11 @@ def prefill(
     if (cache is None) == (max_length is None):
         raise ValueError("give either max_length, for a new cache, or cache")
     if cache is None:
-        if max_length is None or max_length < ids.shape[1]:
+        if not isinstance(max_length, int | np.integer):
+            raise ValueError(f"max_length should be an integer, not {max_length!r}")
+        if max_length < ids.shape[1]:
             raise ValueError(f"max_length {max_length} is less than the {ids.shape[1]} columns of the prompt")
-        cache = init_cache(params, ids.shape[0], max_length)
+        cache = init_cache(params, ids.shape[0], int(max_length))
     check_positions(params.config, mask, None, cache, ids.shape)
     return _prefill(params, ids, mask, cache)
 
