@@ -39,13 +39,16 @@ def prefill(
     check_rows_not_empty(mask, cache)
     if (cache is None) == (max_length is None):
         raise ValueError("give either max_length, for a new cache, or cache")
+    columns = 0
     if cache is None:
         if not isinstance(max_length, int | np.integer):
             raise ValueError(f"max_length should be an integer, not {max_length!r}")
         if max_length < ids.shape[1]:
             raise ValueError(f"max_length {max_length} is less than the {ids.shape[1]} columns of the prompt")
-        cache = init_cache(params, ids.shape[0], int(max_length))
+        columns = int(max_length)
     check_positions(params.config, mask, None, cache, ids.shape)
+    if cache is None:
+        cache = init_cache(params, ids.shape[0], columns)
     return _prefill(params, ids, mask, cache)
 
 

@@ -1,0 +1,234 @@
+"""Every refusal of generate, stream, prefill and decode_step: what it says, and that nothing is compiled before it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compilations import count_compilations
+from generation_helpers import CONFIG
+
+import optjax
+from optjax.generation.options import as_settings
+
+IDS = np.array([[5, 6, 7], [8, 9, 10]])
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return optjax.init_params(CONFIG, KEY)
+
+
+@pytest.fixture(scope="module")
+def other_head():
+    return optjax.init_params(CONFIG, KEY, head=None)
+
+
+def refuse(call, *parts: str) -> None:
+    """``call()`` raises a ValueError that holds all ``parts``, and compiles nothing."""
+    with count_compilations() as count, pytest.raises(ValueError) as caught:
+        call()
+    assert count.compiled == 0
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+
+
+OPTIONS = [
+    # unknown
+    (dict(temprature=1.0), "unknown option 'temprature'", "did you mean 'temperature'?"),
+    (dict(num_beams=4), "unknown option 'num_beams'"),
+    (dict(temprature=1, top_p=7), "'temprature'", "top_p should be above 0 and at most 1, not 7"),
+    # numbers
+    *[(dict(temperature=x), "temperature should be above 0", "do_sample=False") for x in (0, -1, 1e-50, "1", True)],
+    *[(dict(temperature=x), "temperature should be above 0") for x in (float("nan"), float("inf"), 1e40, [1.0])],
+    *[(dict(repetition_penalty=x), "repetition_penalty should be above 0") for x in (0, -1.0, "x")],
+    *[(dict(top_p=x), "top_p should be above 0 and at most 1") for x in (0, 1.1, -0.5, 1e-60, False)],
+    *[(dict(typical_p=x), "typical_p should be above 0 and at most 1") for x in (0, 1.1)],
+    *[(dict(min_p=x), "min_p should be from 0 to 1") for x in (-0.1, 1.01)],
+    # counts
+    *[(dict(top_k=x), "top_k should be an integer of at least 0") for x in (-1, 2.5, "5", True)],
+    *[(dict(no_repeat_ngram_size=x), "no_repeat_ngram_size should be an integer of at least 0") for x in (-1, 1.0)],
+    *[(dict(min_new_tokens=x), "min_new_tokens should be an integer of at least 0") for x in (-1, "3")],
+    *[(dict(num_return_sequences=x), "num_return_sequences should be an integer of at least 1") for x in (0, 1.5)],
+    # flags
+    (dict(do_sample=1), "do_sample should be True or False, not 1"),
+    (dict(do_sample="yes"), "do_sample should be True or False"),
+    # ids
+    *[
+        (dict(eos_token_id=x), "eos_token_id holds", "the vocabulary of 47")
+        for x in (47, -1, [2, 99], 2.5, [True], "2")
+    ],
+    *[(dict(pad_token_id=x), "pad_token_id holds", "the vocabulary of 47") for x in (47, -1, "1")],
+    (dict(pad_token_id=[1, 2]), "pad_token_id should be one id, not [1, 2]"),
+    *[(dict(suppress_tokens=x), "suppress_tokens holds", "the vocabulary of 47") for x in ([50265], [[1]], [1.5])],
+    (dict(suppress_tokens=range(47)), "suppress_tokens leaves no token at all"),
+    *[(dict(bad_words_ids=x), "bad_words_ids should be a list of lists") for x in ([3], 3, [[]], [[1], []], "ab")],
+    *[(dict(bad_words_ids=x), "bad_words_ids holds", "the vocabulary of 47") for x in ([[47]], [[1, -2]], [[1.0]])],
+    # together
+    (dict(num_return_sequences=2), "num_return_sequences=2 without do_sample=True"),
+    (dict(do_sample=True), "do_sample=True needs a key"),
+    (dict(do_sample=True, key=0), "expected a PRNG key"),
+    (dict(do_sample=True, key=np.zeros(2)), "expected a PRNG key"),
+]
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=lambda case: str(case[0]))
+def test_options(case, params):
+    options, *parts = case
+    refuse(lambda: optjax.generate(params, IDS, max_new_tokens=3, **options), *parts)
+    # at the call, not when the first token is asked for
+    refuse(lambda: optjax.stream(params, IDS, max_new_tokens=3, **options), *parts)
+
+
+def test_output_scores(params):
+    refuse(lambda: optjax.generate(params, IDS, max_new_tokens=3, output_scores=True), "return_dict_in_generate=True")
+    refuse(lambda: optjax.stream(params, IDS, max_new_tokens=3, output_scores=True), "stream yields ids only")
+    refuse(
+        lambda: optjax.generate(params, IDS, max_new_tokens=3, output_scores=2, return_dict_in_generate=True),
+        "output_scores should be True or False, not 2",
+    )
+
+
+INPUTS = [
+    (dict(ids=[5, 6]), "ids should have shape [B, T], got (2,)", "ids[None]"),
+    (dict(ids=np.zeros((0, 3), int)), "ids is empty"),
+    (dict(ids=np.zeros((2, 0), int)), "ids is empty"),
+    (dict(ids=[[1.0, 2.0]]), "ids should be integers, got float64"),
+    (dict(ids=[[1, 2], [3]]), "not a rectangular array", "pad the rows"),
+    (dict(ids=[[1, 47]]), "ids[0, 1] is 47, outside the vocabulary: 0 to 46"),
+    (dict(ids=[[-1, 4]]), "ids[0, 0] is -1"),
+    (dict(ids=["a text"]), "ids should have shape [B, T]"),
+    (dict(ids=[["a"]]), "ids should be integers"),
+    (dict(attention_mask=[[1, 1, 1]]), "attention_mask should have shape (2, 3)", "got (1, 3)"),
+    (dict(attention_mask=np.ones((2, 3))), "attention_mask should be bool or int, got float64"),
+    (dict(attention_mask=[[1, 1, 1], [0, 0, 0]]), "attention_mask is all 0 in row 1", "BOS"),
+]
+
+
+@pytest.mark.parametrize("case", INPUTS, ids=lambda case: str(case[0]))
+def test_inputs(case, params):
+    given, *parts = case
+    ids, mask = given.get("ids", IDS), given.get("attention_mask")
+    refuse(lambda: optjax.generate(params, ids, mask, max_new_tokens=3), *parts)
+    refuse(lambda: optjax.stream(params, ids, mask, max_new_tokens=3), *parts)
+    refuse(lambda: optjax.prefill(params, ids, mask, max_length=9), *parts)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, "5", None, True])
+def test_max_new_tokens(n, params):
+    refuse(
+        lambda: optjax.generate(params, IDS, max_new_tokens=n),
+        f"max_new_tokens should be an integer of at least 1, not {n!r}",
+    )
+
+
+def test_past_the_last_position(params):
+    """Real tokens count, padding does not; the message names the three numbers and what would fit."""
+    ids = np.ones((2, 40), int)
+    parts = ("40 tokens", "max_new_tokens = 25", "make 65", "max_position_embeddings = 64", "at most 24")
+    refuse(lambda: optjax.generate(params, ids, max_new_tokens=25), *parts)
+    refuse(lambda: optjax.stream(params, ids, max_new_tokens=25), *parts)
+    mask = np.tri(2, 40, 20, dtype=int)
+    parts = ("22 tokens", "max_new_tokens = 43", "make 65", "max_position_embeddings = 64", "at most 42")
+    refuse(lambda: optjax.generate(params, ids, mask, max_new_tokens=43), *parts)
+    refuse(lambda: optjax.generate(params, np.ones((1, 70), int), max_new_tokens=1), "70 tokens", "at most 0")
+    # the longest that fits, in more columns than there are positions
+    wide = np.ones((2, 70), int)
+    assert optjax.generate(params, wide, np.tri(2, 70, 20, dtype=int), max_new_tokens=42).shape == (2, 112)
+
+
+def test_past_the_last_position_inside_jit(params):
+    """Shapes, and a mask that is not traced, are checked while tracing."""
+    ids = jnp.ones((2, 40), jnp.int32)
+
+    def length_is_shape(ids):
+        return optjax.generate(params, ids, max_new_tokens=25)
+
+    def known_mask(ids):
+        return optjax.generate(params, ids, np.tri(2, 40, 20, dtype=int), max_new_tokens=43)
+
+    refuse(lambda: jax.eval_shape(length_is_shape, ids), "make 65")
+    refuse(lambda: jax.eval_shape(known_mask, ids), "22 tokens", "make 65")
+    refuse(lambda: jax.eval_shape(lambda ids: list(optjax.stream(params, ids, max_new_tokens=2)), ids), "inside jit")
+
+
+def test_params(params, other_head):
+    for call in (
+        lambda p: optjax.generate(p, IDS, max_new_tokens=3),
+        lambda p: optjax.stream(p, IDS, max_new_tokens=3),
+        lambda p: optjax.prefill(p, IDS, max_length=9),
+        lambda p: optjax.decode_step(p, IDS[:, 0], None),
+    ):
+        refuse(lambda call=call: call(other_head), "head None", "'causal_lm'")
+        refuse(lambda call=call: call({"weights": 1}), "expected optjax params, got dict")
+
+
+def test_prefill(params):
+    cache = optjax.init_cache(params, 2, 8)
+    refuse(lambda: optjax.prefill(params, IDS), "either max_length, for a new cache, or cache")
+    refuse(lambda: optjax.prefill(params, IDS, max_length=9, cache=cache), "either max_length")
+    refuse(lambda: optjax.prefill(params, IDS, max_length=2), "max_length 2 is less than the 3 columns")
+    refuse(lambda: optjax.prefill(params, IDS, max_length=9.0), "max_length should be an integer, not 9.0")
+    refuse(lambda: optjax.prefill(params, IDS, cache={}), "cache should come from prefill or init_cache, got dict")
+    refuse(lambda: optjax.prefill(params, IDS[:1], cache=cache), "the cache is for 2 rows, and ids have 1")
+    refuse(
+        lambda: optjax.prefill(params, np.ones((2, 9), int), cache=cache), "8 columns, 0 in use", "cannot take 9 more"
+    )
+    refuse(
+        lambda: optjax.prefill(params, np.ones((2, 65), int), max_length=80),
+        "65 tokens",
+        "max_position_embeddings = 64",
+    )
+    _, cache = optjax.prefill(params, IDS, cache=cache)
+    refuse(
+        lambda: optjax.prefill(params, np.ones((2, 6), int), cache=cache), "8 columns, 3 in use", "cannot take 6 more"
+    )
+    # a later chunk may not leave out a row that has begun: its logits would be of nothing
+    refuse(lambda: optjax.prefill(params, IDS, [[1, 1, 1], [0, 0, 0]], cache=cache), "row 1", "on the left")
+
+
+def test_decode_step(params):
+    _, cache = optjax.prefill(params, IDS, max_length=8)
+    refuse(lambda: optjax.decode_step(params, IDS, cache), "ids should be integers of shape (2,), got int64 (2, 3)")
+    refuse(lambda: optjax.decode_step(params, [1, 2, 3], cache), "shape (2,)")
+    refuse(lambda: optjax.decode_step(params, [1.0, 2.0], cache), "should be integers", "float64")
+    refuse(lambda: optjax.decode_step(params, [1, 47], cache), "ids[1] is 47, outside the vocabulary")
+    refuse(
+        lambda: optjax.decode_step(params, [1, 2], None), "cache should come from prefill or init_cache, got NoneType"
+    )
+
+
+def test_what_may_be_given():
+    """numpy's numbers and arrays, jax's arrays, tuples and ranges, None for the default."""
+    listed = as_settings(
+        CONFIG, dict(suppress_tokens=[3, 4], eos_token_id=[5, 6], bad_words_ids=[[7], [8, 9]], do_sample=True)
+    )
+    for kind in (tuple, np.array, jnp.array):
+        same = as_settings(
+            CONFIG,
+            dict(
+                suppress_tokens=kind([3, 4]), eos_token_id=kind([5, 6]), bad_words_ids=[kind([7]), kind([8, 9])],
+                do_sample=np.True_, top_k=np.int64(50), temperature=np.float32(1), top_p=None, pad_token_id=np.int8(1),
+            ),
+        )  # fmt: skip
+        assert jax.tree.structure(listed) == jax.tree.structure(same)
+        jax.tree.map(np.testing.assert_array_equal, listed, same)
+    none = dict.fromkeys(
+        ["top_p", "min_p", "typical_p", "bad_words_ids", "suppress_tokens", "eos_token_id", "pad_token_id"]
+    )
+    off = as_settings(CONFIG, none | dict(top_k=None, repetition_penalty=1, temperature=1, do_sample=True))
+    assert off.top_k is None and off.temperature is None and off.repetition_penalty is None and off.top_p is None
+    assert off.eos_ids.tolist() == [2] and off.pad_id == 1
+
+
+def test_special_ids_of_the_config():
+    """Several ends; ends outside a small vocabulary end nothing; no pad id: the end's, or 0."""
+    several = CONFIG.replace(eos_token_id=(2, 9, 50), pad_token_id=None)
+    assert as_settings(several, {}).eos_ids.tolist() == [2, 9] and as_settings(several, {}).pad_id == 2
+    none = CONFIG.replace(eos_token_id=None, pad_token_id=None)
+    assert as_settings(none, {}).eos_ids.tolist() == [] and as_settings(none, {}).pad_id == 0
+    assert as_settings(CONFIG, {"eos_token_id": []}).eos_ids.tolist() == []
+    # without an end there is nothing to put off
+    assert as_settings(none, {"min_new_tokens": 4}).min_new_tokens is None
