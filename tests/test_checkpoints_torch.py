@@ -198,7 +198,10 @@ def test_head_without_architectures(tmp_path, head):
 
 @pytest.mark.parametrize("name", ["FlaxOPTForCausalLM", "TFOPTForCausalLM", "TFOPTModel", "SomebodysOwn"])
 def test_other_architectures(tmp_path, name):
-    write_safetensors(prefixed(make_state(PRE_NORM), ""), write_config(PRE_NORM, tmp_path, architectures=[name]))
+    write_safetensors(
+        prefixed(make_state(PRE_NORM), ""),
+        write_config(PRE_NORM, tmp_path, architectures=[name], quantization_config=None),
+    )
     assert load_params(tmp_path).head == (None if name == "TFOPTModel" else "causal_lm")
 
 

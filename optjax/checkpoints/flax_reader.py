@@ -156,7 +156,9 @@ def _extension(file: BytesReader, length: int, depth: int) -> Any:
     if not isinstance(shape, list) or not _is_shape(shape) or not isinstance(data, _Bytes):
         raise CheckpointError(f"an array before byte {end} has an impossible shape")
     dtype = np.dtype(jnp.bfloat16) if name == "bfloat16" else np.dtype(str(name)).newbyteorder("<")
+    if dtype.kind not in "fiub" and dtype != jnp.bfloat16:
+        raise CheckpointError(f"an array before byte {end} holds {dtype}, not numbers")
     tensor = FileTensor(file.path, data.start, tuple(shape), dtype)
-    if dtype.hasobject or tensor.nbytes != data.length:
+    if tensor.nbytes != data.length:
         raise CheckpointError(f"an array of shape {tensor.shape} and dtype {dtype} cannot have {data.length} bytes")
     return tensor

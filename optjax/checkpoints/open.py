@@ -58,7 +58,7 @@ def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> 
             config = OPTConfig.from_json(folder)
         except Exception as error:  # Values of the wrong type can fail in any way.
             raise CheckpointError(f"{folder / 'config.json'}: {shorten(str(error), 1000)}") from error
-        if "quantization_config" in dict(config.extra):
+        if dict(config.extra).get("quantization_config", "null") not in ("null", "{}"):
             raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
         return config
     with reading(folder):

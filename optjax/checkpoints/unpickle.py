@@ -19,8 +19,8 @@ MAX_OPCODES = 5_000_000
 # Names that real checkpoints hold: in state dicts, and in the training arguments that metaseq keeps beside them. Any
 # other is a sign that the file wants something run, and is refused by name.
 KNOWN_MODULES = {
-    "_codecs", "argparse", "collections", "copyreg", "copy_reg", "datetime", "enum", "fairscale", "fairseq", "megatron",
-    "metaseq", "numpy", "omegaconf", "pathlib", "torch", "typing",
+    "_codecs", "apex", "argparse", "collections", "copyreg", "copy_reg", "datetime", "enum", "fairscale", "fairseq",
+    "hydra", "megatron", "metaseq", "metaseq_internal", "numpy", "omegaconf", "pathlib", "torch", "typing",
 }  # fmt: skip
 KNOWN_BUILTINS = {
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "set", "slice",
