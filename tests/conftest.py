@@ -39,6 +39,15 @@ def _skip_what_is_absent(request: pytest.FixtureRequest) -> None:
         pytest.skip("OPTJAX_CHECKPOINTS does not name a folder with Meta's checkpoints")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs do not outlive their file: together they would take more memory than the models."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def checkpoints() -> Path:
     """Meta's real checkpoints, one folder per size (`opt-125m/`, `opt-350m/`, …), for tests marked `real_weights`."""
