@@ -1,151 +1,185 @@
-"""Generation on the CPU: optjax, transformers' torch and Flax models, and CTranslate2, asked in turn.
+"""optjax, transformers on torch, FlaxOPT and CTranslate2 on a CPU, in turn: how fast do they continue prompts?
 
-    python -m bench.decode_cpu --save bench/results/decode_cpu.md      # needs pip install ctranslate2
+    python -m bench.decode_cpu              # OPT-125m and OPT-350m shapes, batch 1 and 8: about ten minutes
+    python -m bench.decode_cpu --quick      # OPT-125m's shape, two rounds
+    python -m bench.decode_cpu --save       # also writes bench/results/decode_cpu.md
 
-OPT shapes with random weights in float32, greedy, all tokens made. Each side lives in a process of its own, and every
-round asks all of them, so that they share the machine's moods; figures are medians of the rounds, ratios are medians of
-the rounds' own ratios. "first token" is a generate of 1 token, "decode" the rest of a whole one, "end to end" a whole
-one after the first, which compiles. The limit is what reading the weights once a token would allow.
+All sides have the same random weights in float32, the same number of threads and cores, and make every token asked for,
+greedily. Each lives in a process of its own; in each round all are asked one after the other, first for one token, then
+for all of them, so that what disturbs the machine disturbs them alike. The very first call, which compiles, is reported
+apart. A figure is the median of the rounds; so is a ratio of times end to end, of each round's ratio.
+
+The limit is what memory allows a decoding step: the bytes of weights, and of keys and values at mid-way, at the speed
+with which as many threads stream over an array of the weights' size, measured in the same rounds.
+
+Sides whose library is not installed are left out. `pip install -e .[bench]` has them all.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from bench import report
 from bench.prepare import SIZES
-from bench.worker import Worker
+from bench.worker import ROOT, Worker
 
-FORMATS = {"flax": "flax", "flax-jit": "flax", "ctranslate2": "ctranslate2"}
-DEFAULT_SIDES = ("optjax", "torch", "flax", "ctranslate2", "reader")
+NEEDS = {"optjax": "jax", "torch": "torch", "flax": "torch", "flax-jit": "torch", "ctranslate2": "ctranslate2"}
+ONCE = ("flax",)  # compiles at every call: one round of it takes as long as several of the others
+READS = 8
+SETTLE_SECONDS = 0.3  # OpenMP's threads spin for a while after their work
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["125m", "350m"], choices=list(SIZES))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument(
-        "--sides", nargs="+", default=list(DEFAULT_SIDES), help=f"of {', '.join(DEFAULT_SIDES)}, flax-jit"
-    )
-    parser.add_argument("--prompt", type=int, default=128, help="tokens (128)")
-    parser.add_argument("--new", type=int, default=64, help="tokens to make (64)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures of all rounds")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="the tables as Markdown")
-    args = parser.parse_args(argv)
-    if args.sides[0] != "optjax":
-        parser.error("--sides should begin with optjax, which the others are compared with")
+@dataclass
+class Result:
+    """One side at one size and batch; lists have an entry a round, in seconds."""
 
-    cases = []
+    size: str
+    batch: int
+    side: str
+    version: str
+    load_peak: int
+    first_call: float = 0.0
+    one_token: list[float] = field(default_factory=list)
+    all_tokens: list[float] = field(default_factory=list)
+    peak: int = 0
+    same_tokens: float = 1.0
+    limit: float = 0.0  # decoding, tokens/s that memory allows
+
+    def decoding(self, new: int) -> float:
+        """Tokens/s after the first one; infinite where noise is larger than what is measured."""
+        seconds = median(self.all_tokens) - median(self.one_token)
+        return self.batch * (new - 1) / seconds if seconds > 0 else float("inf")
+
+
+def main() -> None:
+    args = parse()
+    sides = [side for side in args.sides if _installed(side)]
+    left_out = [side for side in args.sides if side not in sides]
+    if left_out:
+        print(f"left out, not installed: {', '.join(left_out)}", file=sys.stderr)
+    start = time.time()
+    results: list[Result] = []
     for size in args.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            formats = sorted({FORMATS[side] for side in args.sides if side in FORMATS})
-            subprocess.run([sys.executable, "-m", "bench.prepare", size, folder, *formats], check=True)
-            cases += measure(size, folder, args)
-    text = report(cases, args)
-    print(text)
+        with tempfile.TemporaryDirectory(prefix="optjax-bench-") as folder:
+            _say(f"{size}: writing a random model for {', '.join(sides)}")
+            where = Path(folder)
+            formats = [f for f in ("flax", "ctranslate2") if any(side.startswith(f) for side in sides)]
+            prepare = [sys.executable, "-m", "bench.prepare", size, str(where), *formats]
+            subprocess.run(prepare, check=True, cwd=ROOT, capture_output=not args.verbose)
+            results += measure_size(size, where, sides, args)
+    outcome = report.Outcome([asdict(r) | {"decoding": r.decoding(args.new)} for r in results], vars(args))
+    report.show(outcome)
+    print(f"{time.time() - start:.0f} s in all")
     if args.json:
-        args.json.write_text(json.dumps(cases, indent=1) + "\n")
+        text = json.dumps(asdict(outcome), indent=1)
+        Path(args.json).write_text(text) if args.json != "-" else print(text)
     if args.save:
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text(text)
+        path = ROOT / "bench" / "results" / "decode_cpu.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(report.markdown(outcome))
+        print(f"wrote {path}")
 
 
-def measure(size: str, folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One case for each batch size: each side's figures, round by round."""
-    from rich.progress import track
-
-    workers = {side: Worker(side, args.threads) for side in args.sides}
-    cases = []
-    try:
-        loads = {side: worker.ask(load=folder) for side, worker in workers.items()}
-        for batch in args.batch:
-            request = dict(batch=batch, prompt=args.prompt, vocab=SIZES[size].get("vocab_size", 50272))
-            sides: dict[str, dict[str, Any]] = {
-                side: {"version": load["version"], "first": [], "whole": []} for side, load in loads.items()
-            }
-            for side, worker in workers.items():
-                worker.ask(reset=True)
-                worker.ask(**request, new=1)
-                answer = worker.ask(**request, new=args.new)
-                sides[side] |= {"first_call": answer["seconds"], "ids": answer["ids"]}
-            for _ in track(range(args.rounds), f"{size}, batch {batch}"):
-                for side, worker in workers.items():
-                    sides[side]["first"].append(worker.ask(**request, new=1)["seconds"])
-                    answer = worker.ask(**request, new=args.new)
-                    sides[side]["whole"].append(answer["seconds"])
-                    sides[side]["peak"] = answer["peak"]
-            ours = sides["optjax"]["ids"]
-            for figures in sides.values():
-                figures["same_ids"] = figures.pop("ids") == ours
-            cases.append({"size": size, "batch": batch, "sides": sides})
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return cases
-
-
-def decode_seconds(figures: dict[str, Any]) -> list[float]:
-    """Of the tokens after the first, round by round."""
-    return [whole - first for whole, first in zip(figures["whole"], figures["first"], strict=True)]
-
-
-def ratio(others: list[float], ours: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(others, ours, strict=True))
-
-
-def report(cases: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    lines = ["# Generation on the CPU", ""]
-    lines.append(
-        f"Prompt {args.prompt}, {args.new} new tokens, float32, greedy, {args.threads} threads, medians of "
-        f"{args.rounds} rounds. “×” is the other's time over optjax's: above 1, optjax is faster."
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode_cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for case in cases:
-        ours = case["sides"]["optjax"]
-        reader = case["sides"].get("reader")
-        lines += ["", f"## OPT-{case['size']}, batch {case['batch']}", ""]
-        lines.append("| | first token | decode tokens/s | × | end to end | × | first call | peak memory | same ids |")
-        lines.append("|-|-|-|-|-|-|-|-|-|")
-        for side, figures in case["sides"].items():
-            if side == "reader":
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["125m", "350m"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--sides", nargs="+", choices=list(NEEDS), default=list(NEEDS))
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens to make; at least 2")
+    parser.add_argument("--rounds", type=int, help="measured rounds; by default 3 at batch 1 and 2 above")
+    parser.add_argument("--threads", type=int, default=2, help="threads, and cores, of every side")
+    parser.add_argument("--quick", action="store_true", help="one size, two rounds")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure; - for the terminal")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/decode_cpu.md")
+    parser.add_argument("--verbose", action="store_true", help="show what the conversion prints")
+    args = parser.parse_args()
+    if args.quick:
+        args.sizes, args.rounds = args.sizes[:1], args.rounds or 2
+    if args.new < 2:
+        parser.error("--new should be at least 2: the decoding speed is that of the tokens after the first")
+    return args
+
+
+def measure_size(size: str, folder: Path, sides: list[str], args: argparse.Namespace) -> list[Result]:
+    with ExitStack() as stack:
+        workers = {}
+        for side in [*sides, "reader"]:
+            workers[side] = stack.enter_context(closing(Worker(side, args.threads, folder / f"{side}.log")))
+        loads = {side: worker.ask(load=str(folder)) for side, worker in workers.items()}
+        results = []
+        for batch in args.batches:
+            row = {s: Result(size, batch, s, loads[s]["version"], loads[s]["peak"]) for s in sides}
+            measure_batch(workers, row, folder, args)
+            results += row.values()
+        return results
+
+
+def measure_batch(workers: dict[str, Worker], row: dict[str, Result], folder: Path, args: argparse.Namespace) -> None:
+    """Fills the results of one size and batch: a first call of each side, then the rounds."""
+    first = next(iter(row.values()))
+    size, batch = first.size, first.batch
+    config = SIZES[size]
+    vocab = config.get("vocab_size", 50272)
+    # Any ids do, as long as all sides get the same: a linear congruence spreads them well enough.
+    ids = [[4 + (7919 * (args.prompt * b + t) + 13) % (vocab - 4) for t in range(args.prompt)] for b in range(batch)]
+    tokens: dict[str, Any] = {}
+    for side, result in row.items():
+        _say(f"{size}, batch {batch}: first call of {side}")
+        answer = workers[side].ask(ids=ids, new=args.new)
+        result.first_call = answer["seconds"]
+        workers[side].ask(ids=ids, new=1)
+        tokens[side] = sum(answer["ids"], [])
+        result.same_tokens = _share_equal(tokens[side], tokens[first.side])
+        time.sleep(SETTLE_SECONDS)
+    reads = []
+    rounds = args.rounds or (3 if batch == 1 else 2)
+    for number in range(rounds):
+        _say(f"{size}, batch {batch}: round {number + 1} of {rounds}")
+        for side, result in row.items():
+            if number and side in ONCE:
                 continue
-            decode = decode_seconds(figures)
-            speed = case["batch"] * (args.new - 1) / statistics.median(decode)
-            lines.append(
-                f"| {side} | {1e3 * statistics.median(figures['first']):.0f} ms | {speed:.1f} "
-                f"| {ratio(decode, decode_seconds(ours)):.2f} | {statistics.median(figures['whole']):.2f} s "
-                f"| {ratio(figures['whole'], ours['whole']):.2f} | {figures['first_call']:.1f} s "
-                f"| {figures['peak'] / 1e9:.2f} GB | {'yes' if figures['same_ids'] else 'no'} |"
-            )
-        if reader is not None:
-            # The reader reads the weights once for each of its tokens, the first included.
-            a_token = [seconds / args.new for seconds in reader["whole"]]
-            limit = case["batch"] / statistics.median(a_token)
-            steps = [seconds / (args.new - 1) for seconds in decode_seconds(ours)]
-            lines.append(
-                f"\nReading the weights once a step allows {limit:.1f} tokens/s; "
-                f"optjax's decode reaches {100 * ratio(a_token, steps):.0f}% of that."
-            )
-    versions = {side: figures["version"] for side, figures in cases[0]["sides"].items()}
-    lines += ["", f"Machine: {machine()}.", "Versions: " + ", ".join(f"{s} {v}" for s, v in versions.items()) + "."]
-    lines += ["", f"Made by `python -m bench.decode_cpu {' '.join(sys.argv[1:])}`".rstrip() + ".", ""]
-    return "\n".join(lines)
+            one = workers[side].ask(ids=ids, new=1, reset=not number)
+            result.one_token.append(one["seconds"])
+            answer = workers[side].ask(ids=ids, new=args.new)
+            result.all_tokens.append(answer["seconds"])
+            result.peak = answer["peak"]
+            time.sleep(SETTLE_SECONDS)
+        reads.append(workers["reader"].ask(ids=[[0]], new=READS)["seconds"] / READS)
+    weights = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
+    middle = args.prompt + args.new / 2
+    kept = 2 * 4 * batch * middle * config["hidden_size"] * config["num_hidden_layers"]
+    for result in row.values():
+        result.limit = batch / (min(reads) * (weights + kept) / weights)
 
 
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
-             if line.startswith("model name")]  # fmt: skip
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+def _share_equal(a: list[int], b: list[int]) -> float:
+    return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def _installed(side: str) -> bool:
+    wanted = {NEEDS[side]} | ({"transformers"} if side in ("torch", "flax", "flax-jit", "ctranslate2") else set())
+    return all(importlib.util.find_spec(name) for name in wanted)
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main() -> None:
         flax: Any = FlaxOPTForCausalLM.from_pretrained(str(root / "hf"), from_pt=True)
         flax.save_pretrained(root / "flax")
     if "ctranslate2" in formats:
-        from ctranslate2.converters import TransformersConverter
+        from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
         write_tokenizer(root / "hf", config.vocab_size)
         TransformersConverter(str(root / "hf")).convert(str(root / "ctranslate2"))

@@ -105,7 +105,7 @@ class FlaxJit(Flax):
 
 class CTranslate2:
     def load(self, folder: Path, threads: int) -> None:
-        import ctranslate2
+        import ctranslate2  # pyright: ignore[reportMissingImports]
 
         where = str(folder / "ctranslate2")
         self.generator = ctranslate2.Generator(where, device="cpu", compute_type="float32", intra_threads=threads)
@@ -118,25 +118,24 @@ class CTranslate2:
         return np.array([result.sequences_ids[0] for result in out])
 
     def version(self):
-        import ctranslate2
+        import ctranslate2  # pyright: ignore[reportMissingImports]
 
         return ctranslate2.__version__
 
 
 class Reader:
-    """Reads as many bytes as the model's weights once for each "token": what memory allows at best."""
+    """Reads as many bytes as the model's weights have, once for each token: what memory allows at best."""
 
     def load(self, folder: Path, threads: int) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         size = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
-        self.parts = [np.ones((size // threads // 4096, 1024), np.float32) for _ in range(threads)]
-        self.vector = np.ones(1024, np.float32)
+        self.parts = [np.ones(size // threads // 4, np.float32) for _ in range(threads)]
         self.pool = ThreadPoolExecutor(threads)
 
     def generate(self, ids, n):
         for _ in range(n):
-            list(self.pool.map(lambda part: part @ self.vector, self.parts))
+            list(self.pool.map(np.max, self.parts))
         return np.zeros((len(ids), n), np.int64)
 
     def version(self):

@@ -14,24 +14,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class Worker:
-    def __init__(self, side: str, threads: int):
+    def __init__(self, side: str, threads: int, log: Path):
+        """What the side prints goes to ``log``."""
         self.side = side
+        self._log = log
         command = [sys.executable, "-m", "bench.worker", side, str(threads)]
-        root = Path(__file__).resolve().parents[1]
-        self._log = open(os.environ.get("BENCH_LOG", os.devnull), "a")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=root
-        )
+        with open(log, "w") as file:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, cwd=ROOT
+            )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """One request; RuntimeError with what went wrong on the other side."""
+        """One request and its answer; RuntimeError with what went wrong on the other side."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"the process died ({self._process.wait()})"}
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            tail = self._log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{self.side}: the process ended with status {self._process.wait()}\n{tail}")
+        answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{self.side}: {answer['error']}")
         return answer
@@ -44,7 +53,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
 
 def main() -> None:
@@ -66,17 +76,16 @@ def main() -> None:
 
 
 def respond(side: Any, threads: int, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to ``{"load": folder}`` or ``{"ids": prompts, "new": how many, "reset": of the memory's peak}``."""
     import numpy as np
 
+    if request.get("reset"):
+        reset_peak()
+    start = time.perf_counter()
     if "load" in request:
-        start = time.perf_counter()
         side.load(Path(request["load"]), threads)
         return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "version": side.version()}
-    if "reset" in request:
-        reset_peak()
-        return {}
-    rng = np.random.default_rng(0)
-    ids = rng.integers(4, request["vocab"], (request["batch"], request["prompt"]))
+    ids = np.asarray(request["ids"])
     start = time.perf_counter()
     out = side.generate(ids, request["new"])
     seconds = time.perf_counter() - start
