@@ -307,8 +307,14 @@ def test_process_writes_utf8_and_keeps_compiled_programs(model, tmp_path):
     assert oct(results[0][1][0].parent.stat().st_mode & 0o777) == "0o700"
 
 
-def test_interrupt_ends_quietly(model, tmp_path):
-    process = spawn("generate", "the", "--model", model, "-n", 2000, "--ignore-eos", cache=tmp_path)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Compiled programs for the tests that follow, which make the same text."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_interrupt_ends_quietly(model, cache):
+    process = spawn("generate", "the", "--model", model, "-n", 2000, "--ignore-eos", cache=cache)
     assert process.stdout.read(6)  # text has begun to come
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
@@ -316,8 +322,8 @@ def test_interrupt_ends_quietly(model, tmp_path):
     assert b"Traceback" not in err and b"error" not in err
 
 
-def test_a_reader_that_goes_away_is_no_error(model, tmp_path):
-    process = spawn("generate", "the", "--model", model, "-n", 2000, "--ignore-eos", cache=tmp_path)
+def test_a_reader_that_goes_away_is_no_error(model, cache):
+    process = spawn("generate", "the", "--model", model, "-n", 2000, "--ignore-eos", cache=cache)
     assert process.stdout.read(6)
     process.stdout.close()
     err = process.stderr.read()
