@@ -291,7 +291,9 @@ MESH = {"data": 2, "fsdp": 4, "tensor": 8}
         ("mesh['a'=2,'b'=4,'c'=8] {'a','c'}", ("data", "tensor")),
         ("mesh['a'=64] {'a':(2)4}", ("fsdp",)),
         ("mesh['a'=64] {'a':(1)2,'a':(8)8}", ("data", "tensor")),
-        ("mesh['a'=8,'b'=8], device_ids=([8,8]<=[8,8]T(1,0)) {'a'}", ("tensor",)),
+        ("mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'a'}", ("tensor",)),
+        ("mesh['a'=4,'b'=1,'c'=16], device_ids=([2,4,8]T(1,0,2)) {'a','b'}", ("fsdp",)),
+        ("mesh['a'=4,'b'=1,'c'=16], device_ids=([2,4,8]T(1,0,2)) {'c'}", ("data", "tensor")),
     ],
 )
 def test_groups_in_every_form(groups: str, axes: tuple[str, ...]):

@@ -55,12 +55,23 @@ def _iota(text: str) -> np.ndarray:
     return (ids.transpose(_numbers(found[3])) if found[3] else ids).reshape(_numbers(found[1]))
 
 
+def _order(text: str | None, count: int) -> np.ndarray:
+    """Devices in the order of the compiler's mesh: ``[16,4]T(1,0)``, 0, 1, 2 … in that shape, transposed; or a list."""
+    if not text:
+        return np.arange(count)
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip())
+    if found is None:
+        return _iota(text) if "[" in text else np.asarray(_numbers(text))
+    ids = np.arange(count).reshape(_numbers(found[1]))
+    return ids.transpose(_numbers(found[2])) if found[2] else ids
+
+
 def _named(mesh: str, order: str | None, axes: str) -> tuple[int, ...]:
     """The group with device 0 of the named axes of the compiler's own mesh: ``'b'``, or ``'b':(2)4``, the 4 parts of an
     axis that come after 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     count = math.prod(sizes.values())
-    ids = np.arange(count) if not order else _iota(order) if "<=" in order else np.asarray(_numbers(order))
+    ids = _order(order, count)
     # Every axis as (what comes before, the part, what comes after), so that parts of axes are axes.
     wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
     index: list[np.ndarray] = []
