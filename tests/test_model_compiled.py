@@ -48,6 +48,10 @@ def test_no_float64_and_no_stray_float32(dtype):
     linear = "f32" if jax.default_backend() == "cpu" else own
     results = [linear, linear, linear, "f32", own, linear, linear, linear, "f32"]
     assert products == [(own, own, result) for result in results]
+    # Of norms, softmax and loss no square root, exponential, logarithm or sum is of another dtype than float32.
+    lines = [line for line in text.splitlines() if re.search(r"stablehlo\.(rsqrt|exponential|log|reduce)\b", line)]
+    floats = [line for line in lines if "f32>" in line or "f16>" in line]
+    assert len(floats) >= 3 * 3 + 4 and not [line for line in floats if "f16>" in line]
 
 
 def test_only_what_was_asked_for_is_kept():

@@ -13,8 +13,7 @@ from hf_models import assert_close, padded_masks, params_from, random_config, st
 import optjax
 from optjax import OPTConfig
 
-DRAWS = range(48)
-ROWS = 3
+DRAWS = range(44)
 
 
 @dataclasses.dataclass
@@ -37,16 +36,20 @@ class Draw:
     def real(self) -> np.ndarray:
         return np.ones(self.ids.shape, int) if self.mask is None else self.mask
 
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
 
 def draw(seed: int) -> Draw:
     rng = np.random.default_rng(seed)
     config = random_config(rng)
-    length = int(rng.integers(3, 10))
-    mask = padded_masks(rng, ROWS, length) if rng.random() < 0.75 else None
-    ids = rng.integers(2, config.vocab_size, size=(ROWS, length))
+    rows, length = int(rng.choice([1, 2, 5])), int(rng.integers(3, 10))
+    mask = padded_masks(rng, rows, length) if rng.random() < 0.75 else None
+    ids = rng.integers(2, config.vocab_size, size=(rows, length))
     if mask is not None:
         ids = np.where(mask, ids, 1)
-    positions = rng.integers(0, config.max_position_embeddings, size=(ROWS, length)) if rng.random() < 0.25 else None
+    positions = rng.integers(0, config.max_position_embeddings, size=(rows, length)) if rng.random() < 0.25 else None
     size = int(rng.integers(1, length + 1))
     chunks = [size] * (length // size) + ([length % size] if length % size else [])
     rng.shuffle(chunks)
@@ -110,7 +113,7 @@ def test_language_model(seed):
         assert_close(np.moveaxis(a, 1, 2), np.moveaxis(b.numpy(), 1, 2), d.real)
 
     # The same in chunks of random sizes through a cache with columns to spare.
-    cache = optjax.init_cache(params, ROWS, d.ids.shape[1] + d.spare, layout=d.layout)
+    cache = optjax.init_cache(params, d.rows, d.ids.shape[1] + d.spare, layout=d.layout)
     logits, start = [], 0
     for size in d.chunks:
         chunk = {name: value[:, start : start + size] for name, value in ours.items()}
@@ -133,7 +136,7 @@ def test_other_heads(seed):
 
     if d.head == "question_answering":
         length = d.ids.shape[1]
-        spans = d.rng.integers(0, length + 3, size=(2, ROWS))
+        spans = d.rng.integers(0, length + 3, size=(2, d.rows))
         spans[:, 0] = 0, length - 1  # one inside at least
         with torch.no_grad():
             positions = dict(zip(("start_positions", "end_positions"), torch.from_numpy(spans), strict=True))
@@ -147,16 +150,16 @@ def test_other_heads(seed):
     n = d.config.num_labels
     kind = d.rng.choice(["regression", "single_label_classification", "multi_label_classification"])
     labels = {
-        "regression": d.rng.standard_normal((ROWS, n)).astype(np.float32),
-        "single_label_classification": d.rng.integers(0, n, size=ROWS),
-        "multi_label_classification": d.rng.integers(0, 2, size=(ROWS, n)).astype(np.float32),
+        "regression": d.rng.standard_normal((d.rows, n)).astype(np.float32),
+        "single_label_classification": d.rng.integers(0, n, size=d.rows),
+        "multi_label_classification": d.rng.integers(0, 2, size=(d.rows, n)).astype(np.float32),
     }[kind]
     # Hugging Face looks for pads in the ids alone. Where it has none to look at, the last real column is picked here.
     last = d.ids.shape[1] - 1 - np.argmax(d.real[:, ::-1], axis=1)
     model.config.problem_type = kind
     with torch.no_grad():
         expected = model(**theirs, labels=torch.from_numpy(labels))
-        hidden = model.model(**theirs).last_hidden_state[torch.arange(ROWS), torch.from_numpy(last)]
+        hidden = model.model(**theirs).last_hidden_state[torch.arange(d.rows), torch.from_numpy(last)]
     out = optjax.sequence_classification(params, **ours, labels=labels, problem_type=kind)
     assert_close(out.logits, model.score(hidden).detach())
     if "input_ids" in theirs:
@@ -174,10 +177,11 @@ def test_every_switch_is_drawn_often():
         for name in ("activation_function", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"):
             seen[name, getattr(c, name)] += 1
         seen["heads", min(c.num_attention_heads, 3)] += 1
-        for name in ("use_embeds", "stacked", "layout", "head"):
+        for name in ("use_embeds", "stacked", "layout", "head", "rows"):
             seen[name, getattr(d, name)] += 1
+        seen["layout", d.layout, d.rows == 1] += 1
         seen["masked", d.mask is not None] += 1
         seen["positions", d.positions is not None] += 1
         seen["chunks", min(len(d.chunks), 3)] += 1
-    assert len(seen) == 3 + 3 + 8 + 3 * 2 + 3 + 4 * 2 + 2 * 2 + 3
+    assert len(seen) == 3 + 3 + 8 + 3 * 2 + 3 + 4 * 2 + 3 + 4 + 2 * 2 + 3
     assert min(seen.values()) >= 3, seen

@@ -1,0 +1,120 @@
+"""What XLA makes of decoding: no temporary of the cache's size, no copy of a weight, in any compiled decode step."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import optjax
+from optjax.cache import init_cache
+from optjax.generation.decode import _decode_step
+from optjax.generation.loop import run_generate
+from optjax.generation.options import as_settings
+
+# Two layers of OPT-125m's width. Numbers of elements tell the cache's buffers, the weights and all else apart.
+CONFIG = optjax.OPTConfig.preset("opt-125m", num_hidden_layers=2, vocab_size=4096)
+D, LAYERS = CONFIG.hidden_size, CONFIG.num_hidden_layers
+COLUMNS = 1088
+
+
+def buffer_size(rows: int) -> int:
+    """Elements of the keys or values of one layer."""
+    return rows * COLUMNS * D
+
+
+def compile_step(rows: int):
+    params = optjax.abstract_params(CONFIG)
+    cache = jax.eval_shape(lambda: init_cache(CONFIG, rows, COLUMNS, layout="heads"))
+    return _decode_step.lower(params, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile()
+
+
+def compile_loop(rows: int, **options):
+    settings = as_settings(CONFIG, options)
+    shape = rows, COLUMNS - 64
+    ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if settings.do_sample else None
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    params = optjax.abstract_params(CONFIG)
+    return run_generate.lower(params, ids, mask, settings, key, number, room=64).compile()
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation of a program, by its name; ``ENTRY`` is the program's own."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            name = "ENTRY" if line.startswith("ENTRY") else line.split(" ")[0]
+            found[name] = lines = []
+        elif line.startswith(" "):
+            lines.append(line.strip())
+    return found
+
+
+def large_results(lines: list[str], least: int) -> list[tuple[str, int, str]]:
+    """Operation, elements and line of each instruction that makes an array of ``least`` elements or more."""
+    made = []
+    for line in lines:
+        match = re.match(r"(?:ROOT )?%\S+ = \w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
+        if match and match[2] not in ("parameter", "get-tuple-element", "bitcast", "constant"):
+            size = 1
+            for n in filter(None, match[1].split(",")):
+                size *= int(n)
+            if size >= least:
+                made.append((match[2], size, line))
+    return made
+
+
+def check_body(lines: list[str], every: dict[str, list[str]], rows: int) -> None:
+    """Of results as large as a weight or a buffer there are the writes of keys and values, one each a layer."""
+    least = min(D * D, buffer_size(rows))
+    writes = 0
+    for operation, size, line in large_results(lines, least):
+        called = re.search(r"calls=(%[\w.]+)", line)
+        steps = large_results(every[called[1]], least) if called else [(operation, size, line)]
+        is_write = [step[:2] for step in steps] == [("dynamic-update-slice", buffer_size(rows))]
+        assert is_write, f"not a write: {line[:250]}"
+        writes += 1
+    assert writes == 2 * LAYERS, f"{writes} writes of keys and values in {LAYERS} layers"
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_decode_step(rows):
+    compiled = compile_step(rows)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    # All buffers of the cache are updated in place.
+    assert memory.alias_size_in_bytes >= 2 * LAYERS * buffer_size(rows) * 4
+    assert memory.temp_size_in_bytes < min(0.1 * buffer_size(rows) * 4, D * D * 4)
+    every = computations(compiled.as_text())
+    check_body(every["ENTRY"], every, rows)
+
+
+SAMPLED = dict(do_sample=True, top_p=0.9, typical_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=3)
+
+
+@pytest.mark.parametrize("rows, options", [(1, {}), (8, {}), (1, SAMPLED)], ids=["1", "8", "1, sampled"])
+def test_loop_of_generate(rows, options):
+    """The while loop's body: copies of the cache may stand before the loop, not in it."""
+    every = computations(compile_loop(rows, **options).as_text())
+    [loop] = [line for line in every["ENTRY"] if re.search(r" while\(", line) and f",{COLUMNS},64]" in line]
+    body = re.search(r"body=(%[\w.]+)", loop)
+    assert body is not None
+    check_body(every[body[1]], every, rows)
+
+
+def test_the_check_sees_copies():
+    """A step that copies one weight, or keeps the old cache, is found out."""
+    params = optjax.abstract_params(CONFIG)
+    cache = jax.eval_shape(lambda: init_cache(CONFIG, 8, COLUMNS, layout="heads"))
+    ids = jax.ShapeDtypeStruct((8,), jnp.int32)
+    kept = jax.jit(_decode_step.__wrapped__).lower(params, ids, cache).compile()  # not donated
+    every = computations(kept.as_text())
+    with pytest.raises(AssertionError, match="not a write"):
+        check_body(every["ENTRY"], every, 8)
+    stacked = _decode_step.lower(optjax.abstract_params(CONFIG, stacked=True), ids, cache).compile()
+    every = computations(stacked.as_text())
+    with pytest.raises(AssertionError, match="not a write"):
+        check_body(every["ENTRY"], every, 8)

@@ -1,0 +1,118 @@
+"""Decoding as the TPU compiler sees it: two layers of OPT-1.3b's width in bfloat16, for a v5e that is not there.
+
+Needs the libtpu wheel (``pip install 'jax[tpu]'``), and no TPU: nothing is run. In a process of its own, as libtpu
+reads the environment when jax is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROWS, COLUMNS, LAYERS, D = 8, 2048, 2, 2048
+BUFFER = f"{ROWS},{COLUMNS},{D}"
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no TPU compiler: the libtpu wheel is not installed")
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_a_step_has_no_temporary_of_the_caches_size(programs):
+    assert programs["flat"]["temporary"] < 0.1 * ROWS * COLUMNS * D * 2
+
+
+def test_the_cache_is_never_copied(programs):
+    """In the step, and in the body of generate's loop; moving a buffer into fast memory is no copy."""
+    assert programs["flat"]["copies"] == 0
+    assert programs["loop"]["copies"] == 0
+
+
+def test_the_flat_layout_is_why_it_is_there(programs):
+    """By the compiler's own estimate a step over heads takes longer by half at least."""
+    assert programs["heads"]["cycles"] > 1.5 * programs["flat"]["cycles"]
+
+
+def test_the_best_score_stays_float32(programs):
+    """An argmax whose maximum nobody reads is declared bfloat16 by the compiler: see generation/draw.py."""
+    assert programs["loop"]["bfloat16 maxima"] == 0
+
+
+def report(compiled, body_of_loop: bool = False) -> dict:
+    """What the tests ask of a program. Cycles are those of its straight part: loops would count once."""
+    text = compiled.as_text()
+    computations = re.split(r"\n(?=\S[^\n]*\{\n)", text)
+    entry = next(part for part in computations if part.startswith("ENTRY"))
+    part = entry
+    if body_of_loop:
+        [loop] = [line for line in entry.splitlines() if " while(" in line and BUFFER in line]
+        name = re.search(r"body=(%[\w.]+)", loop)
+        assert name is not None
+        part = next(part for part in computations if part.startswith(name[1] + " "))
+    lines = [line for line in part.splitlines() if f"bf16[{BUFFER}]" in line.split("(")[0]]
+    return {
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "copies": sum(re.search(r"\b(copy|transpose)\(", line) is not None for line in lines),
+        "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
+        "bfloat16 maxima": len(re.findall(rf"= \(bf16\[{ROWS}\]\S* s32\[{ROWS}\]\S*\) (?:reduce|fusion)\(", text)),
+    }
+
+
+def main() -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    import optjax
+    from optjax import cache as cache_module
+    from optjax.generation.decode import _decode_step
+    from optjax.generation.loop import run_generate
+    from optjax.generation.options import as_settings
+
+    chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    there = jax.sharding.SingleDeviceSharding(chip)
+
+    def place(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
+
+    config = optjax.OPTConfig.preset("opt-1.3b", num_hidden_layers=LAYERS)
+    params = place(optjax.abstract_params(config, jnp.bfloat16))
+    found = {}
+    for layout in ("heads", "flat"):
+        empty = jax.eval_shape(lambda: optjax.init_cache(config, ROWS, COLUMNS, jnp.bfloat16, layout=layout))  # noqa: B023
+        ids = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=there)
+        found[layout] = report(_decode_step.lower(params, ids, place(empty)).compile())
+    cache_module.default_layout = lambda: "flat"  # what it is where the default backend is a TPU
+    prompt = [jax.ShapeDtypeStruct((ROWS, 64), dtype, sharding=there) for dtype in (jnp.int32, jnp.bool_)]
+    settings, number = place(as_settings(config, {})), jax.ShapeDtypeStruct((), jnp.int32, sharding=there)
+    loop = run_generate.lower(params, *prompt, settings, None, number, room=COLUMNS - 64).compile()
+    found["loop"] = report(loop, body_of_loop=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
