@@ -1,4 +1,4 @@
-"""How fast XLA's CPU backend reads a weight in products with a few rows, in the two orders of `optjax.model.linear`.
+"""How fast XLA's CPU backend reads a weight in products with a few rows, in the two orders of `optjax.layer.linear`.
 
     python -m bench.small_products [--dtype bfloat16] [--cores 2]
 

@@ -23,6 +23,7 @@ def attend(
     head_mask: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    groups: int = 1,
 ) -> tuple[jax.Array, AttentionWeights]:
     """Attention of T queries over S keys.
 
@@ -32,19 +33,24 @@ def attend(
       mask: ``[B, 1, T, S]`` bool, True where a query may look.
       head_mask: ``[H]``; multiplies each head's weights after the softmax.
       dropout, dropout_key: of the attention weights.
+      groups: the number of devices that the heads are split over.
 
     Returns:
       ``[B, T, D]``, and the weights ``[B, H, T, S]`` in float32 (dead code to the compiler where nobody asks for them).
     """
-    product = _attend_heads if layout == "heads" else _attend_flat
-    return product(q, k, v, lambda scores: _weights(scores, mask, head_mask, dropout, dropout_key))
+
+    def weigh(scores: jax.Array) -> jax.Array:
+        return _weights(scores, mask, head_mask, dropout, dropout_key)
+
+    return _attend_heads(q, k, v, weigh) if layout == "heads" else _attend_flat(q, k, v, weigh, groups)
 
 
-def _weights(scores, mask, head_mask, dropout, dropout_key) -> jax.Array:
-    """Weights ``[B, H, T, S]`` from scores of the same shape."""
+def _weights(scores, mask, head_mask, dropout, dropout_key, rows=None, columns: int | None = None) -> jax.Array:
+    """Weights ``[B, H, T, S]`` from scores of the same shape: all of them, or these rows of the first columns."""
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
     if dropout_key is not None and dropout > 0:
-        weights = drop(weights, dropout, dropout_key)
+        rows = jnp.arange(scores.shape[2]) if rows is None else rows
+        weights = _drop_weights(weights, dropout, dropout_key, rows, columns or scores.shape[3])
     if head_mask is not None:
         weights = weights * head_mask.astype(weights.dtype)[:, None, None]
     return weights
@@ -61,19 +67,75 @@ def _attend_heads(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
     return out.reshape(b, t, h * d), weights
 
 
-def _attend_flat(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
+def _attend_flat(q, k, v, weigh, groups: int) -> tuple[jax.Array, jax.Array]:
     b, t, h, d = q.shape
     if t > 1:
         k, v = (x.reshape(b, -1, h, d).swapaxes(1, 2) for x in (k, v))
         return _attend_heads(q, k, v, weigh)
-    # One query: lay q out block-diagonally, [B, D, H], so that all heads' scores are one matrix product with the flat
-    # keys. It multiplies H times more zeros, on a unit that waits for memory anyway.
-    own = jnp.repeat(jnp.eye(h, dtype=q.dtype), d, axis=1)  # [H, D]: the columns that are a head's own
-    blocks = q.reshape(b, h * d, 1) * own.T
-    scores = jnp.einsum("bsd,bdh->bhs", k.astype(q.dtype), blocks, preferred_element_type=jnp.float32)
-    weights = weigh(scores[:, :, None, :])
-    all_pairs = jnp.einsum("bhs,bsd->bhd", weights[:, :, 0].astype(q.dtype), v.astype(q.dtype))
-    return (all_pairs * own).sum(1, keepdims=True), weights
+    # One query: lay q out block-diagonally, so that the scores of all heads of a device (n = H / G) are one matrix
+    # product with its flat keys (c = D / G). It multiplies n times more zeros, on a unit that waits for memory anyway.
+    n, c = h // groups, h * d // groups
+    k, v = (x.reshape(b, -1, groups, c).astype(q.dtype) for x in (k, v))
+    own = jnp.repeat(jnp.eye(n, dtype=q.dtype), d, axis=1)  # [n, c]: the columns that are a head's own
+    blocks = q.reshape(b, groups, c, 1) * own.T
+    scores = jnp.einsum("bsgc,bgcn->bgns", k, blocks, preferred_element_type=jnp.float32)
+    weights = weigh(scores.reshape(b, h, 1, -1))
+    per_head = weights.astype(q.dtype).reshape(scores.shape)
+    all_pairs = jnp.einsum("bgns,bsgc->bgnc", per_head, v)
+    return (all_pairs * own).sum(2).reshape(b, 1, h * d), weights
+
+
+def attend_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    block: int,
+    interleaved: bool,
+    head_mask: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` (layout ``"heads"``, S = T, no past), for training over long rows: ``[B, T, D]`` and no weights.
+
+    Scores exist for ``block`` queries at a time, and are computed again in the backward pass. A block looks at no key
+    beyond its last query. Where the devices share out T, blocks are ``interleaved`` instead (every n-th query), so that
+    each device has its part of every block.
+    """
+    b, t, h, d = q.shape
+    n = t // block
+
+    # Without the barrier of prevent_cse the compiler finds the same scores in the forward pass, and keeps them.
+    @jax.checkpoint
+    def attend_block(q, k, v, mask, rows):
+        def weigh(scores: jax.Array) -> jax.Array:
+            return _weights(scores, mask, head_mask, dropout, dropout_key, rows, t)
+
+        return _attend_heads(q, k, v, weigh)[0]
+
+    queries = jnp.arange(t)
+    outs = []
+    for i in range(n):
+        if interleaved:
+            one = q.reshape(b, block, n, h, d)[:, :, i]
+            its_mask = mask.reshape(-1, 1, block, n, t)[:, :, :, i]
+            outs.append(attend_block(one, k, v, its_mask, queries[i::n]))
+        else:
+            rows, keys = slice(i * block, (i + 1) * block), slice((i + 1) * block)
+            one_k, one_v = k[..., keys, :], v[..., keys, :]
+            outs.append(attend_block(q[:, rows], one_k, one_v, mask[:, :, rows, keys], queries[rows]))
+    if interleaved:
+        return jnp.stack(outs, 2).reshape(b, t, h * d)
+    return jnp.concatenate(outs, 1)
+
+
+def _drop_weights(weights: jax.Array, rate: float, key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
+    """`drop` of rows ``[T]`` of the weights; each has its own key, so that blocks drop what the whole would."""
+    b, h, _, s = weights.shape
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, (b, h, columns)))(keys)
+    return jnp.where(jnp.moveaxis(keep, 0, 2)[..., :s], weights / (1.0 - rate), 0.0)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ import numpy as np
 
 from optjax.config import OPTConfig
 from optjax.params import Params, floating_dtype
+from optjax.placed import platform
 
 LAYOUTS = ("heads", "flat")
 
@@ -75,7 +76,9 @@ def init_cache(
     Args:
       params: the params, or their config.
       dtype: of keys and values; the params' by default (float32 for a config).
-      layout: ``"heads"`` or ``"flat"``; the default backend's by default.
+      layout: ``"heads"`` or ``"flat"``; by default the one for the params' devices.
+
+    For params on a mesh the cache lies there too: rows as the batch does, heads and columns by their own rules.
 
     Raises:
       ValueError: a size is not a positive integer, the dtype is not floating, or the layout is unknown.
@@ -89,20 +92,34 @@ def init_cache(
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} of a cache should be a positive integer, not {size!r}")
     dtype = floating_dtype(dtype)
+    placement = params.placement if isinstance(params, Params) else None
     if layout is None:
-        layout = default_layout()
+        layout = default_layout(platform(placement))
     if layout not in LAYOUTS:
         raise ValueError(f"no cache layout {layout!r}; there are: {', '.join(LAYOUTS)}")
     b, s, h, k = batch_size, max_length, config.num_attention_heads, config.head_dim
     shape = (b, s, h * k) if layout == "flat" else (h, s, k) if b == 1 else (b, h, s, k)
+    axes = cache_axes(layout, b)
+
+    def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
+        return jnp.zeros(shape, dtype, device=None if placement is None else placement.fitting(shape, axes))
+
     # Each buffer is its own array: a shared one could not be donated.
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2))
-    return Cache(keys, values, jnp.zeros((b, s), bool), jnp.zeros((b,), jnp.int32), jnp.int32(0), layout)
+    keys, values = (tuple(zeros(shape, axes, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2))
+    mask, lengths = zeros((b, s), ("batch", None), bool), zeros((b,), ("batch",), jnp.int32)
+    return Cache(keys, values, mask, lengths, zeros((), (), jnp.int32), layout)
 
 
-def default_layout() -> str:
-    """The layout for the backend that jax computes on by default."""
-    return "flat" if jax.default_backend() == "tpu" else "heads"
+def cache_axes(layout: str, batch_size: int) -> tuple[str | None, ...]:
+    """The logical axes of one layer's keys or values."""
+    if layout == "flat":
+        return ("batch", "cache_length", "heads")
+    return (*("batch",) * (batch_size > 1), "heads", "cache_length", None)
+
+
+def default_layout(platform: str) -> str:
+    """The layout for devices of a platform."""
+    return "flat" if platform == "tpu" else "heads"
 
 
 def write_columns(buffer: jax.Array, new: jax.Array, index: jax.Array, layout: str) -> jax.Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from optjax.config import OPTConfig
 
@@ -61,7 +61,8 @@ _OUTSIDE_DECODER = ("lm_head", "score", "qa_outputs")
 def declare(config: OPTConfig, head: str | None = "causal_lm") -> tuple[Weight, ...]:
     """Every weight of the model, in the order of the forward pass.
 
-    Logical axes: vocab, embed (E), model (D), heads (H·K), mlp (F), position, labels.
+    Logical axes: vocab, embed (E), model (D), heads (H·K), mlp (F), position, labels; and projection (D) where E is
+    not D, as a matrix with E and D may be split along one of them only.
 
     Raises:
       ValueError: there is no such head, or the config is none.
@@ -77,7 +78,7 @@ def declare(config: OPTConfig, head: str | None = "causal_lm") -> tuple[Weight, 
         Weight("embed_positions.weight", (config.max_position_embeddings + 2, d), ("position", "model"), "embedding"),
     ]
     if config.has_projections:
-        weights.append(Weight("project_in.weight", (d, e), ("model", "embed"), "linear"))
+        weights.append(Weight("project_in.weight", (d, e), ("projection", "embed"), "linear"))
     weights += _norm(config, "layers.self_attn_layer_norm")
     for name in ("q_proj", "k_proj", "v_proj"):
         weights += _linear(config, f"layers.self_attn.{name}", d, d, "heads", "model", "linear")
@@ -88,7 +89,7 @@ def declare(config: OPTConfig, head: str | None = "causal_lm") -> tuple[Weight, 
     if config.has_final_layer_norm:
         weights += _norm(config, "final_layer_norm")
     if config.has_projections:
-        weights.append(Weight("project_out.weight", (e, d), ("embed", "model"), "linear"))
+        weights.append(Weight("project_out.weight", (e, d), ("embed", "projection"), "linear"))
     if head == "causal_lm" and not config.tie_word_embeddings:
         weights.append(Weight("lm_head.weight", (v, e), ("vocab", "embed"), "linear"))
     if head == "sequence_classification":
@@ -97,6 +98,19 @@ def declare(config: OPTConfig, head: str | None = "causal_lm") -> tuple[Weight, 
         weights.append(Weight("qa_outputs.weight", (2, e), ("labels", "embed"), "linear"))
         weights.append(Weight("qa_outputs.bias", (2,), ("labels",), "bias"))
     return tuple(weights)
+
+
+@cache
+def logical_axes(config: OPTConfig, head: str | None = "causal_lm") -> dict[str, Any]:
+    """The logical axes of every weight, nested as the params are; of one layer for all, under ``layers``."""
+    tree: dict[str, Any] = {}
+    for weight in declare(config, head):
+        *steps, last = weight.path.split(".")
+        node = tree
+        for step in steps:
+            node = node.setdefault(step, {})
+        node[last] = weight.axes
+    return tree
 
 
 def _linear(config: OPTConfig, path: str, n_out: int, n_in: int, axis_out: str, axis_in: str, kind: Kind):

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 
 from optjax.cache import Cache
 from optjax.config import PROBLEM_TYPES
-from optjax.model import Inputs, ModelOutput, check_inputs, decoder, linear
+from optjax.declaration import logical_axes
+from optjax.layer import linear
+from optjax.model import Inputs, ModelOutput, check_inputs, decoder
 from optjax.params import Params
+from optjax.placed import constrain, gather, platform
 from optjax.validate import as_array, check_params, check_range
 
 IGNORE_INDEX = -100
@@ -91,8 +94,20 @@ def _causal_lm(params: Params, inputs: Inputs, labels, output_hidden_states, out
 def lm_logits(params: Params, x: jax.Array) -> jax.Array:
     """Logits ``[…, V]`` in float32 from hidden states ``[…, E]``, by the tied embedding or the untied head."""
     name = "embed_tokens" if params.config.tie_word_embeddings else "lm_head"
+    placement, weight = params.placement, params[name]["weight"]
+    length = ("length",) * (x.ndim - 2)
     with jax.named_scope("lm_head"):
-        return linear(x, {"weight": params[name]["weight"]}, jnp.float32)
+        if placement is not None:
+            weight = gather(placement, weight.astype(x.dtype), logical_axes(params.config, params.head)[name]["weight"])
+        x = constrain(placement, x, "batch", *length, None)
+        logits = linear(x, {"weight": weight}, jnp.float32, on=platform(placement))
+        return constrain(placement, logits, "batch", *length, "vocab")
+
+
+def _head(params: Params, x: jax.Array, name: str) -> jax.Array:
+    """A classifier's logits in float32."""
+    weights = gather(params.placement, params[name], logical_axes(params.config, params.head)[name])
+    return linear(x, weights, on=platform(params.placement)).astype(jnp.float32)
 
 
 def sequence_classification(
@@ -153,7 +168,7 @@ def _sequence_classification(params, inputs: Inputs, labels, kind, output_hidden
     out = decoder(params, inputs, output_hidden_states, output_attentions)
     last = _last_token(inputs, params.config.pad_token_id, out.last_hidden_state.shape[1])
     pooled = jnp.take_along_axis(out.last_hidden_state, last[:, None, None], axis=1)[:, 0]
-    logits = linear(pooled, params["score"]).astype(jnp.float32)
+    logits = _head(params, pooled, "score")
     loss = None
     if labels is not None:
         if kind == "single_label_classification":
@@ -219,7 +234,7 @@ def question_answering(
 @partial(jax.jit, static_argnums=(3, 4))
 def _question_answering(params, inputs: Inputs, spans, output_hidden_states, output_attentions):
     out = decoder(params, inputs, output_hidden_states, output_attentions)
-    logits = linear(out.last_hidden_state, params["qa_outputs"]).astype(jnp.float32)
+    logits = _head(params, out.last_hidden_state, "qa_outputs")
     start, end = logits[..., 0], logits[..., 1]
     loss = None
     if spans is not None:

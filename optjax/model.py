@@ -6,35 +6,22 @@ Zhang et al. 2022 (OPT: Open Pre-trained Transformer Language Models), in the fo
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optjax.attention import attend, causal_mask, drop
-from optjax.cache import Cache, write_columns
-from optjax.config import OPTConfig
+from optjax.attention import causal_mask
+from optjax.cache import Cache
+from optjax.declaration import logical_axes
+from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.params import Params, as_key
+from optjax.placed import constrain, gather, platform
 from optjax.validate import as_array, as_head_mask, as_ids, as_mask, check_params, check_positions
 
 # Hugging Face's position table has two rows before that of position 0 (#20761). Masked slots are at position -1.
 POSITION_OFFSET = 2
-LAYER_NORM_EPS = 1e-5
-# Up to this many rows a product with a weight takes as long as reading the weight.
-FEW_ROWS = 32
-
-_ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "gelu_fast": partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
 
 
 @partial(
@@ -156,9 +143,9 @@ def decoder(
     params: Params, inputs: Inputs, output_hidden_states: bool = False, output_attentions: bool = False
 ) -> ModelOutput:
     """`forward` without checks and without a jit of its own, for use inside compiled programs."""
-    config, cache = params.config, inputs.cache
+    config, placement, cache = params.config, params.placement, inputs.cache
     with jax.named_scope("embed"):
-        x = _embed(params, inputs)
+        x = embed(params, inputs)
     b, t = x.shape[:2]
     new_mask = jnp.ones((b, t), bool) if inputs.mask is None else jnp.asarray(inputs.mask)
     columns = jnp.arange(t, dtype=jnp.int32)
@@ -172,7 +159,7 @@ def decoder(
     def layer(x, weights, i, head_mask, buffers):
         key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, i)
         past = None if cache is None else (*buffers, cache.index, cache.layout)
-        y, attention, buffers = _layer(config, weights, x, mask, head_mask, key, past)
+        y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past)
         return y, (x if keep_hidden else None, attention if keep_attention else None, buffers)
 
     hidden: Any
@@ -198,10 +185,7 @@ def decoder(
         hidden, attentions, buffers = zip(*kept, strict=True)
 
     with jax.named_scope("final"):
-        if config.has_final_layer_norm:
-            x = layer_norm(x, params.weights.get("final_layer_norm"))
-        if config.has_projections:
-            x = linear(x, params["project_out"])
+        x = finish(params, x)
     if cache is not None:
         keys, values = zip(*buffers, strict=True)
         lengths = cache.lengths + new_mask.sum(1, dtype=jnp.int32)
@@ -216,21 +200,52 @@ def decoder(
     )
 
 
-def _embed(params: Params, inputs: Inputs) -> jax.Array:
-    """Word embedding (projected in) plus position embedding: ``[B, T, D]``."""
+def embed(params: Params, inputs: Inputs, dtype: Any = None) -> jax.Array:
+    """Word embedding (projected in) plus position embedding: ``[B, T, D]``, in the params' dtype by default."""
+    dtype = params.dtype if dtype is None else dtype
+    axes = ("batch", "residual_length", None)
     if inputs.embeds is None:
-        x = params["embed_tokens"]["weight"][inputs.ids]
+        x = _rows(params, "embed_tokens", dtype, inputs.ids)
     else:
-        x = jnp.asarray(inputs.embeds).astype(params.dtype)
+        x = jnp.asarray(inputs.embeds).astype(dtype)
+    x = constrain(params.placement, x, *axes)
     b, t = x.shape[:2]
     if params.config.has_projections:
-        x = linear(x, params["project_in"])
+        x = linear(x, {"weight": _weight(params, "project_in", dtype)}, on=platform(params.placement))
     if inputs.position_ids is not None:
-        positions = jnp.broadcast_to(inputs.position_ids, (b, t))
+        positions = inputs.position_ids
     else:
         start = jnp.zeros((b,), jnp.int32) if inputs.cache is None else inputs.cache.lengths
         positions = mask_positions(inputs.mask, start, t)
-    return x + params["embed_positions"]["weight"][positions + POSITION_OFFSET].astype(x.dtype)
+    x = x + _rows(params, "embed_positions", dtype, positions + POSITION_OFFSET).astype(x.dtype)
+    return constrain(params.placement, x, *axes)
+
+
+def finish(params: Params, x: jax.Array) -> jax.Array:
+    """The last hidden state ``[B, T, E]``, from what the last layer gives."""
+    if params.config.has_final_layer_norm:
+        norm = params.weights.get("final_layer_norm")
+        axes = logical_axes(params.config, params.head).get("final_layer_norm")
+        x = layer_norm(x, gather(params.placement, norm, axes))
+    if params.config.has_projections:
+        x = linear(x, {"weight": _weight(params, "project_out", x.dtype)}, on=platform(params.placement))
+    return x
+
+
+def _rows(params: Params, name: str, dtype: Any, index: jax.Array) -> jax.Array:
+    """Rows of a table outside the layers."""
+    table = params[name]["weight"]
+    if params.placement is None:
+        return table[index]
+    return params.placement.take(table, logical_axes(params.config, params.head)[name]["weight"], index, dtype)
+
+
+def _weight(params: Params, name: str, dtype: Any) -> jax.Array:
+    """A matrix outside the layers, as it is used."""
+    weight = params[name]["weight"]
+    if params.placement is None:
+        return weight
+    return gather(params.placement, weight.astype(dtype), logical_axes(params.config, params.head)[name]["weight"])
 
 
 def mask_positions(mask: Any | None, start: jax.Array, t: int) -> jax.Array:
@@ -240,93 +255,3 @@ def mask_positions(mask: Any | None, start: jax.Array, t: int) -> jax.Array:
     mask = jnp.asarray(mask)
     counted = start[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     return jnp.where(mask, counted, 0) - 1
-
-
-def _layer(config: OPTConfig, weights: dict[str, Any], x, mask, head_mask, key, past):
-    """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers."""
-    attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
-    pre_norm = config.do_layer_norm_before
-
-    def residual(x, block, norm, dropout_key):
-        y = block(layer_norm(x, weights.get(norm)) if pre_norm else x)
-        if dropout_key is not None and config.dropout > 0:
-            y = drop(y, config.dropout, dropout_key)
-        return x + y if pre_norm else layer_norm(x + y, weights.get(norm))
-
-    kept: list[Any] = []
-
-    def attention_block(y):
-        out, *rest = _self_attention(config, weights["self_attn"], y, mask, head_mask, attention_key, past)
-        kept.extend(rest)
-        return out
-
-    def mlp_block(y):
-        return linear(_ACTIVATIONS[config.activation_function](linear(y, weights["fc1"])), weights["fc2"])
-
-    with jax.named_scope("self_attn"):
-        y = residual(x, attention_block, "self_attn_layer_norm", dropout_keys[0])
-    with jax.named_scope("mlp"):
-        y = residual(y, mlp_block, "final_layer_norm", dropout_keys[1])
-    if skip_key is not None and config.layerdrop > 0:
-        y = jnp.where(jax.random.bernoulli(skip_key, config.layerdrop), x, y)
-    attention, buffers = kept
-    return y, attention, buffers
-
-
-def _self_attention(config: OPTConfig, weights: dict[str, Any], x, mask, head_mask, dropout_key, past):
-    b, t, d = x.shape
-    heads = (b, t, config.num_attention_heads, config.head_dim)
-    # Scaled before the product with k, as the original is: in float16 the other order overflows.
-    q = (linear(x, weights["q_proj"]) * config.head_dim**-0.5).reshape(heads)
-    k, v = (linear(x, weights[name]).reshape(heads) for name in ("k_proj", "v_proj"))
-    if past is None:
-        layout, buffers = "heads", None
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    else:
-        k_buffer, v_buffer, index, layout = past
-        k = write_columns(k_buffer, k, index, layout)
-        v = write_columns(v_buffer, v, index, layout)
-        buffers = (k, v)
-    dropout = config.attention_dropout
-    out, attention = attend(q, k, v, mask, layout=layout, head_mask=head_mask, dropout=dropout, dropout_key=dropout_key)
-    return linear(out, weights["out_proj"]), attention, buffers
-
-
-def linear(x: jax.Array, weights: dict[str, jax.Array], dtype: Any = None) -> jax.Array:
-    """``x Wᵀ + b``, with W ``[out, in]``, in ``dtype``: that of x by default."""
-    dtype = x.dtype if dtype is None else dtype
-    weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
-    if jax.default_backend() == "cpu":
-        return _linear_on_cpu(x, weight, bias).astype(dtype)
-    y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-    return y if bias is None else y + bias.astype(dtype)
-
-
-def _linear_on_cpu(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`linear` as XLA's CPU backend does it best: bench/small_products.py has the figures.
-
-    The result is float32. Asked for bfloat16, XLA would multiply by way of a float32 copy of W.
-    """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    bias = None if bias is None else bias.astype(dtype)
-    rows = math.prod(x.shape[:-1])
-    if rows > FEW_ROWS:
-        y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-        return y if bias is None else y + bias
-    flat = x.reshape(rows, -1)
-    if rows == 1 and x.dtype == jnp.bfloat16:
-        flat = jnp.concatenate([flat, flat])  # a product with a vector would copy W again
-    # As (W xᵀ + b)ᵀ: W is read up to 40% faster as the left operand.
-    y = jnp.einsum("oi,ri->or", weight, flat, preferred_element_type=dtype)[:, :rows]
-    y = y if bias is None else y + bias[:, None]
-    return y.T.reshape(*x.shape[:-1], -1)
-
-
-def layer_norm(x: jax.Array, weights: dict[str, jax.Array] | None) -> jax.Array:
-    """Layer norm over the last axis, in float32; ``weights`` None where ``layer_norm_elementwise_affine`` is off."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
-    if weights:
-        y = y * weights["weight"].astype(jnp.float32) + weights["bias"].astype(jnp.float32)
-    return y.astype(x.dtype)

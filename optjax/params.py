@@ -6,19 +6,24 @@ import dataclasses
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optjax.config import OPTConfig
 from optjax.declaration import Weight, declare
 
+if TYPE_CHECKING:
+    from optjax.sharding import Placement
+
 SCHEMES = ("hf", "paper")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config", "head"])
+@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config", "head", "placement"])
 @dataclasses.dataclass(frozen=True)
 class Params:
     """The weights of a model: a pytree whose leaves are arrays.
@@ -31,6 +36,7 @@ class Params:
     weights: dict[str, Any]
     config: OPTConfig
     head: str | None = "causal_lm"
+    placement: Placement | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.weights[name]
@@ -57,6 +63,7 @@ def build_params(
     leaf: Callable[[Weight, int | None], Any],
     *,
     stacked: bool = False,
+    placement: Placement | None = None,
 ) -> Params:
     """Params whose every leaf is ``leaf(weight, layer)``.
 
@@ -72,16 +79,29 @@ def build_params(
                 node = node[step] if isinstance(step, int) else node.setdefault(step, {})
             node[last] = leaf(weight, layer)
 
-    return Params(tree, config, head)
+    return Params(tree, config, head, placement)
 
 
 def abstract_params(
-    config: OPTConfig, dtype: Any = jnp.float32, head: str | None = "causal_lm", *, stacked: bool = False
+    config: OPTConfig,
+    dtype: Any = jnp.float32,
+    head: str | None = "causal_lm",
+    *,
+    stacked: bool = False,
+    mesh: Any = None,
+    rules: Any = None,
 ) -> Params:
-    """The params as ``jax.ShapeDtypeStruct``: for ahead-of-time compilation, restoring and planning."""
-    return build_params(
-        config, head, lambda w, _: jax.ShapeDtypeStruct(_full_shape(config, w, stacked), dtype), stacked=stacked
-    )
+    """The params as ``jax.ShapeDtypeStruct``: for ahead-of-time compilation, restoring and planning.
+
+    With ``mesh`` and ``rules``, as for `init_params`, each has its sharding.
+    """
+    placement = as_placement(mesh, rules, config, head)
+
+    def leaf(weight: Weight, layer: int | None) -> jax.ShapeDtypeStruct:
+        shape = (config.num_hidden_layers, *weight.shape) if weight.per_layer and stacked else weight.shape
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(placement, weight, stacked))
+
+    return build_params(config, head, leaf, stacked=stacked, placement=placement)
 
 
 def init_params(
@@ -92,6 +112,8 @@ def init_params(
     *,
     stacked: bool = False,
     scheme: str = "hf",
+    mesh: Any = None,
+    rules: Any = None,
 ) -> Params:
     """Random params.
 
@@ -104,13 +126,17 @@ def init_params(
       scheme: ``"hf"`` draws every matrix from N(0, init_std), as transformers does; ``"paper"`` scales the layers that
         write to the residual stream by 1/√(2L) (Zhang et al. 2022, section 2.2). Biases are 0, norms 1, the
         embedding of ``pad_token_id`` 0 under ``"hf"``.
+      mesh, rules: spread the weights over devices (see ``optjax.sharding``). Each is made where it lies, and is the
+        same that it would be on one device.
 
     Raises:
-      ValueError: unknown head or scheme, a dtype that is not floating, or something that is not a key.
+      ValueError: unknown head or scheme, a dtype that is not floating, something that is not a key, or rules that do
+        not fit.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"no initialization scheme {scheme!r}; there are: {', '.join(SCHEMES)}")
     key, dtype = as_key(key), floating_dtype(dtype)
+    placement = as_placement(mesh, rules, config, head)
 
     def leaf(weight: Weight, layer: int | None) -> jax.Array:
         # Keys come from the weight's name, so that adding a weight does not change the others.
@@ -119,35 +145,49 @@ def init_params(
             own = jax.random.fold_in(own, layer)
         elif weight.per_layer:
             own = jax.vmap(jax.random.fold_in, (None, 0))(own, np.arange(config.num_hidden_layers))
-        return init_weight(config, weight, own, dtype, scheme)
+        return init_weight(config, weight, own, dtype, scheme, placement)
 
-    return build_params(config, head, leaf, stacked=stacked)
+    return build_params(config, head, leaf, stacked=stacked, placement=placement)
 
 
-def init_weight(config: OPTConfig, weight: Weight, key: jax.Array, dtype: Any, scheme: str = "hf") -> jax.Array:
+def init_weight(
+    config: OPTConfig,
+    weight: Weight,
+    key: jax.Array,
+    dtype: Any,
+    scheme: str = "hf",
+    placement: Placement | None = None,
+) -> jax.Array:
     """One fresh weight by its declared kind, or one for each of the keys ``[L]``, stacked. See `init_params`."""
     shape = (*key.shape, *weight.shape)
+    sharding = _sharding(placement, weight, stacked=key.ndim > 0)
     if weight.kind in ("bias", "norm_bias"):
-        return jnp.zeros(shape, dtype)
+        return jnp.zeros(shape, dtype, device=sharding)
     if weight.kind == "norm_weight":
-        return jnp.ones(shape, dtype)
+        return jnp.ones(shape, dtype, device=sharding)
     std = config.init_std
     if scheme == "paper" and weight.kind == "output":
         std /= (2 * config.num_hidden_layers) ** 0.5
     pads = scheme == "hf" and weight.path == "embed_tokens.weight"
-    return _normal(key, std, weight.shape, dtype, config.pad_token_id if pads else None)
+    zero_row = config.pad_token_id if pads else None
+    return _normal(key, std, weight.shape, dtype, zero_row, sharding)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _normal(key: jax.Array, std: Any, shape: tuple[int, ...], dtype: Any, zero_row: int | None) -> jax.Array:
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _normal(
+    key: jax.Array, std: Any, shape: tuple[int, ...], dtype: Any, zero_row: int | None, sharding: Any
+) -> jax.Array:
     """N(0, std²); a small program for each shape, as one for the whole model would take long to compile."""
-    if key.ndim:
-        return jax.vmap(lambda k: _normal(k, std, shape, dtype, zero_row))(key)
-    # Drawn in float32, then cast: every dtype gets the same numbers.
-    value = std * jax.random.normal(key, shape, jnp.float32)
-    if zero_row is not None:
-        value = value.at[zero_row].set(0.0, mode="drop")
-    return value.astype(dtype)
+
+    def draw(key: jax.Array) -> jax.Array:
+        # Drawn in float32, then cast: every dtype gets the same numbers.
+        value = std * jax.random.normal(key, shape, jnp.float32)
+        if zero_row is not None:
+            value = value.at[zero_row].set(0.0, mode="drop")
+        return value.astype(dtype)
+
+    value = jax.vmap(draw)(key) if key.ndim else draw(key)
+    return value if sharding is None else jax.lax.with_sharding_constraint(value, sharding)
 
 
 def stack_layers(params: Params) -> Params:
@@ -157,8 +197,12 @@ def stack_layers(params: Params) -> Params:
 
     def stack(*leaves):
         if isinstance(leaves[0], jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-        return jnp.stack(leaves)
+            sharding = stacked_sharding(leaves[0].sharding)
+            return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype, sharding=sharding)
+        stacked = jnp.stack(leaves)
+        if params.placement is None or isinstance(stacked, Tracer):
+            return stacked
+        return jax.device_put(stacked, stacked_sharding(leaves[0].sharding))
 
     layers = jax.tree.map(stack, *params["layers"])
     return dataclasses.replace(params, weights=params.weights | {"layers": layers})
@@ -171,9 +215,10 @@ def unstack_layers(params: Params) -> Params:
 
     def take(i: int):
         def one(leaf):
-            return (
-                jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
-            )
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                sharding = _sharding_of_one(leaf.sharding)
+                return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+            return leaf[i]
 
         return one
 
@@ -214,5 +259,30 @@ def as_key(key: Any) -> jax.Array:
     raise ValueError(f"expected a PRNG key such as jax.random.key(0), got {type(key).__name__}")
 
 
-def _full_shape(config: OPTConfig, weight: Weight, stacked: bool) -> tuple[int, ...]:
-    return (config.num_hidden_layers, *weight.shape) if weight.per_layer and stacked else weight.shape
+def as_placement(mesh: Any, rules: Any, config: OPTConfig, head: str | None) -> Placement | None:
+    """`optjax.sharding.make_placement`, which is imported only where there is a mesh."""
+    if mesh is None and rules is None:
+        return None
+    from optjax.sharding import make_placement
+
+    return make_placement(mesh, rules, config, head)
+
+
+def _sharding(placement: Placement | None, weight: Weight, stacked: bool) -> jax.sharding.NamedSharding | None:
+    """The sharding of a weight of one layer, or of all layers ``[L, …]``."""
+    if placement is None:
+        return None
+    return placement.sharding((None, *weight.axes) if stacked and weight.per_layer else weight.axes)
+
+
+def stacked_sharding(sharding: Any) -> Any:
+    """Of layers stacked ``[L, …]``: that of one layer, L on all devices."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return sharding
+
+
+def _sharding_of_one(sharding: Any) -> Any:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding

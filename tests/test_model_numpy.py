@@ -14,7 +14,7 @@ from numpy_opt import numpy_opt
 
 import optjax
 import optjax.attention
-import optjax.model
+import optjax.layer
 
 SEEDS = range(100, 108)
 
@@ -96,8 +96,8 @@ def test_dropout_acts_where_it_should(place, before, monkeypatch):
         touched = where == "probabilities" if place == "probabilities" else where != "probabilities"
         return pattern(x) if touched else x
 
-    monkeypatch.setattr(optjax.attention, "drop", lambda x, rate, key: pattern(x))
-    monkeypatch.setattr(optjax.model, "drop", lambda x, rate, key: pattern(x))
+    monkeypatch.setattr(optjax.attention, "_drop_weights", lambda x, rate, *_: pattern(x))
+    monkeypatch.setattr(optjax.layer, "drop", lambda x, rate, key: pattern(x))
     expected = numpy_opt(state, config, ids, mask, touch=touch)
     params = params_from(state, config, "causal_lm")
     with jax.disable_jit():

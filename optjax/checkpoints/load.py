@@ -16,7 +16,7 @@ from optjax.checkpoints.place import placer, stack
 from optjax.checkpoints.progress import progress_bar
 from optjax.config import OPTConfig
 from optjax.declaration import Weight
-from optjax.params import Params, as_key, build_params, init_weight
+from optjax.params import Params, as_key, as_placement, build_params, init_weight
 
 if TYPE_CHECKING:
     from optjax.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def load_params(
     Raises:
       FileNotFoundError: nothing is at ``source``, or no checkpoint is in it.
       ConnectionError: a download broke off; a second attempt goes on where it stopped.
-      ValueError: a dtype, head, key or config that makes no sense.
+      ValueError: a dtype, head, key, config, mesh or rules that make no sense.
       CheckpointError (a ValueError): a file is broken, or missing, unexpected and mis-shaped tensors, all listed.
     """
     dtype = None if dtype is None else _floating(dtype)
@@ -66,14 +66,15 @@ def load_params(
     path = resolve_source(source, revision=revision, token=token)
     opened = open_checkpoint(path, head, config, create_head=key is not None)
     config, head, plan = opened.config, opened.head, opened.plan
-    place = placer(config, head, mesh, rules)
+    placement = as_placement(mesh, rules, config, head)
+    place = placer(placement)
 
     with progress_bar(opened.nbytes, f"loading {Path(source).name}", progress) as advance:
 
         def leaf(weight: Weight, layer: int | None) -> jax.Array:
             if weight in plan.created and key is not None:
                 own = jax.random.fold_in(key, np.uint32(zlib.crc32(weight.path.encode())))
-                return init_weight(config, weight, own, dtype or _common_dtype(plan.tensors))
+                return init_weight(config, weight, own, dtype or _common_dtype(plan.tensors), placement=placement)
             if weight.per_layer and layer is None:
                 each = (one(weight, i) for i in range(config.num_hidden_layers))
                 return stack(each, config.num_hidden_layers)
@@ -85,7 +86,7 @@ def load_params(
             advance(tensor.nbytes)
             return array
 
-        return build_params(config, head, leaf, stacked=stacked)
+        return build_params(config, head, leaf, stacked=stacked, placement=placement)
 
 
 def load(source: str | Path, dtype: Any = None, head: str | None = None, **options: Any) -> tuple[Params, Tokenizer]:

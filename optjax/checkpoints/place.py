@@ -4,49 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.checkpoints.tensors import TensorRef, aligned_empty
-from optjax.config import OPTConfig
+from optjax.checkpoints.tensors import TensorRef, aligned_empty, block
 from optjax.declaration import Weight
+from optjax.params import stacked_sharding
 
-# What puts one weight, of one layer, where it belongs: `place(weight, layer, tensor, dtype)` gives the array. For a
-# mesh `optjax.sharding.checkpoint_placer(config, head, mesh, rules)` provides one; it reads only the blocks that this
-# process's devices hold, by `tensor.read(index)`.
+if TYPE_CHECKING:
+    from optjax.sharding import Placement
+
+# What puts one weight, of one layer, where it belongs: `place(weight, layer, tensor, dtype)` gives the array.
 Placer = Callable[[Weight, int | None, TensorRef, np.dtype], jax.Array]
 
 
-def placer(config: OPTConfig, head: str | None, mesh: Any, rules: Any) -> Placer:
-    """How to place weights: on the default device, or spread over a mesh.
-
-    Raises:
-      ValueError: rules without a mesh, or a mesh where ``optjax.sharding`` cannot place checkpoints.
-    """
-    if mesh is None:
-        if rules is not None:
-            raise ValueError("rules say how weights are spread over a mesh: pass mesh= too")
+def placer(placement: Placement | None) -> Placer:
+    """How to place weights: on the default device, or spread over a mesh."""
+    if placement is None:
         return place_on_one_device
-    try:
-        from optjax.sharding import checkpoint_placer  # type: ignore[import-not-found, attr-defined]
-    except ImportError:
-        raise ValueError(
-            "mesh= needs optjax.sharding to place weights, and this installation of it cannot: load without mesh="
-        ) from None
-    return checkpoint_placer(config, head, mesh, rules)
+
+    def place(weight: Weight, layer: int | None, tensor: TensorRef, dtype: np.dtype) -> jax.Array:
+        return place_on_mesh(placement.sharding(weight.axes), tensor, dtype)
+
+    return place
+
+
+def place_on_mesh(sharding: jax.sharding.NamedSharding, tensor: TensorRef, dtype: np.dtype) -> jax.Array:
+    """The tensor spread over devices. Each process reads the blocks that its own devices hold, each block once."""
+    holders: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(tensor.shape).items():
+        holders.setdefault(tuple(block(index or (), tensor.shape)), []).append(device)
+    shards = []
+    for bounds, devices in holders.items():
+        host = as_dtype(tensor.read(tuple(slice(*b) for b in bounds)), dtype)
+        shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
 
 
 def place_on_one_device(weight: Weight, layer: int | None, tensor: TensorRef, dtype: np.dtype) -> jax.Array:
     """The tensor on the default device. It is there when this returns, so that the host's copy can go."""
-    array = tensor.read()
-    if array.dtype != dtype:
-        cast = aligned_empty(array.shape, dtype)
-        cast[...] = array
-        array = cast
-    return jax.block_until_ready(jax.device_put(array))
+    return jax.block_until_ready(jax.device_put(as_dtype(tensor.read(), dtype)))
+
+
+def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in another dtype, aligned as jax likes it."""
+    if array.dtype == dtype:
+        return array
+    cast = aligned_empty(array.shape, dtype)
+    cast[...] = array
+    return cast
 
 
 def stack(arrays: Iterator[jax.Array], n: int) -> jax.Array:
@@ -55,17 +64,11 @@ def stack(arrays: Iterator[jax.Array], n: int) -> jax.Array:
     The stack is spread over devices as its layers are.
     """
     first = next(arrays)
-    empty, put = _programs(_stacked_sharding(first.sharding))
+    empty, put = _programs(stacked_sharding(first.sharding))
     stacked = put(empty(first, n), first, np.int32(0))
     for i, array in enumerate(arrays, start=1):
         stacked = jax.block_until_ready(put(stacked, array, np.int32(i)))
     return stacked
-
-
-def _stacked_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
-    return sharding
 
 
 @cache

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from optjax.checkpoints.errors import CheckpointError
 
 Index = tuple[slice, ...]
 MAX_DIMENSIONS = 8
+PAGE = 4096  # bytes; what a disk gives at least
+BAND = 1 << 24  # bytes of whole rows that are read at once to be cut
 
 
 class TensorRef:
@@ -80,13 +83,36 @@ class FileTensor(TensorRef):
         elif not self.shape:
             out = read_array(self.path, self.offset, (), self.stored)
         else:
-            # Whole rows are read in one go, then cut.
             (start, stop), *rest = bounds
             row = math.prod(self.shape[1:]) * self.stored.itemsize
-            rows = (stop - start, *self.shape[1:])
-            out = read_array(self.path, self.offset + start * row, rows, self.stored)
-            out = np.ascontiguousarray(out[(slice(None), *(slice(*b) for b in rest))])
+            at = self.offset + start * row
+            if all(b == (0, n) for b, n in zip(rest, self.shape[1:], strict=True)):
+                out = read_array(self.path, at, (stop - start, *self.shape[1:]), self.stored)
+            else:
+                out = self._read_cut(at, stop - start, rest)
         return out.astype(self.dtype, copy=False)
+
+    def _read_cut(self, at: int, rows: int, rest: Sequence[tuple[int, int]]) -> np.ndarray:
+        """A part of each of ``rows`` rows that begin at byte ``at``.
+
+        Only the parts are read where they are pages apart; else a few whole rows at a time, then cut.
+        """
+        cut = tuple(slice(*b) for b in rest)
+        row_shape, part_shape = self.shape[1:], tuple(b - a for a, b in rest)
+        row, part = (math.prod(s) * self.stored.itemsize for s in (row_shape, part_shape))
+        out = aligned_empty((rows, *part_shape), self.stored)
+        if len(rest) == 1 and row - part >= PAGE:
+            skip = rest[0][0] * self.stored.itemsize
+            with open(self.path, "rb", buffering=0) as file:
+                for i in range(rows):
+                    file.seek(at + i * row + skip)
+                    _fill(out[i], file, self.path)
+            return out
+        step = max(1, BAND // max(row, 1))
+        for i in range(0, rows, step):
+            n = min(step, rows - i)
+            out[i : i + n] = read_array(self.path, at + i * row, (n, *row_shape), self.stored)[(slice(None), *cut)]
+        return out
 
 
 @dataclass(frozen=True)
@@ -202,15 +228,20 @@ def block(index: Index, shape: Sequence[int]) -> list[tuple[int, int]]:
 def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array from its bytes at ``offset``."""
     out = aligned_empty(shape, dtype)
-    left = out.reshape(-1).view(np.uint8).data
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
-        while len(left):
-            got = file.readinto(left)
-            if not got:
-                raise CheckpointError(f"{path} ended while a tensor was read: {len(left)} bytes are missing")
-            left = left[got:]
+        _fill(out, file, path)
     return out
+
+
+def _fill(out: np.ndarray, file: Any, path: Path) -> None:
+    """Fills a C-contiguous array with the bytes that come next."""
+    left = out.reshape(-1).view(np.uint8).data
+    while len(left):
+        got = file.readinto(left)
+        if not got:
+            raise CheckpointError(f"{path} ended while a tensor was read: {len(left)} bytes are missing")
+        left = left[got:]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -17,6 +17,7 @@ from optjax.generation.loop import Choice, State, advance, run_generate, start
 from optjax.generation.options import Options, Settings, as_settings
 from optjax.generation.processors import History
 from optjax.params import Params, as_key
+from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, is_concrete
 
 
@@ -125,12 +126,20 @@ def _stream(params: Params, ids, mask, settings: Settings, key, max_new_tokens: 
     yield np.asarray(state.choice.token)
 
 
-_start = partial(jax.jit, static_argnames="room")(start)
+@partial(jax.jit, static_argnames="room")
+def _start(params: Params, ids, mask, settings: Settings, key, *, room: int) -> State:
+    return _readable(params, start(params, ids, mask, settings, key, room))
 
 
 @partial(jax.jit, donate_argnums=3)
 def _advance(params: Params, settings: Settings, key, held: tuple[Cache, History], choice: Choice, done) -> State:
-    return advance(params, settings, key, State(*held, choice, done))
+    return _readable(params, advance(params, settings, key, State(*held, choice, done)))
+
+
+def _readable(params: Params, state: State) -> State:
+    """The token, and which rows have ended, whole on every device: each process reads them."""
+    token, done = (constrain(params.placement, x, None) for x in (state.choice.token, state.done))
+    return dataclasses.replace(state, choice=dataclasses.replace(state.choice, token=token), done=done)
 
 
 def bucket(n: int) -> int:

@@ -20,6 +20,7 @@ from optjax.generation.processors import History, new_history, process
 from optjax.heads import lm_logits
 from optjax.model import Inputs, decoder
 from optjax.params import Params, unstack_layers
+from optjax.placed import constrain, platform
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["token", "logprob", "scores"], meta_fields=[])
@@ -72,7 +73,7 @@ def run_generate(
 
     Returns the choices of all steps, padded to ``room``, and the number of steps that were run.
     """
-    if jax.default_backend() == "cpu":
+    if platform(params.placement) == "cpu":
         # There a slice of stacked weights is a copy: once here, rather than at every step.
         params = unstack_layers(params)
     state = start(params, ids, mask, settings, key, room)
@@ -94,6 +95,8 @@ def run_generate(
         return step + 1, state, put(made, state.choice, step)
 
     steps, _, made = jax.lax.while_loop(more, body, (jnp.int32(1), state, put(blank, state.choice, 0)))
+    # Whole on every device, so that every process can read them.
+    made = jax.tree.map(lambda x: constrain(params.placement, x, *(None,) * x.ndim), made)
     return made, steps
 
 

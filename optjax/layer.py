@@ -1,0 +1,166 @@
+"""One decoder layer, and the linear map and the norm that everything is made of."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from optjax.attention import attend, attend_in_blocks, drop
+from optjax.cache import write_columns
+from optjax.config import OPTConfig
+from optjax.declaration import logical_axes
+from optjax.placed import constrain, gather, platform
+
+LAYER_NORM_EPS = 1e-5
+# The name of a weight as it is used, for policies of `jax.checkpoint`: cast and gathered again rather than kept.
+USED_WEIGHT = "used_weight"
+# Up to this many rows a product with a weight takes as long as reading the weight.
+FEW_ROWS = 32
+
+_ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def decoder_layer(
+    config: OPTConfig,
+    placement: Any,
+    weights: dict[str, Any],
+    x,
+    mask,
+    head_mask,
+    key,
+    past,
+    query_block: int | None = None,
+):
+    """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers.
+
+    Computes in the dtype of ``x``, whatever that of the weights. With ``query_block``, which is for training, attention
+    goes over so many queries at a time, and its weights are None.
+    """
+    attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
+    pre_norm, on = config.do_layer_norm_before, platform(placement)
+    weights = _as_used(config, placement, weights, x.dtype)
+
+    def residual(x, block, norm, dropout_key):
+        y = constrain(placement, layer_norm(x, weights.get(norm)) if pre_norm else x, "batch", "length", None)
+        y = constrain(placement, block(y), "batch", "residual_length", None)
+        if dropout_key is not None and config.dropout > 0:
+            y = drop(y, config.dropout, dropout_key)
+        return x + y if pre_norm else layer_norm(x + y, weights.get(norm))
+
+    kept: list[Any] = []
+
+    def attention_block(y):
+        own = weights["self_attn"]
+        out, *rest = _self_attention(config, placement, own, y, mask, head_mask, attention_key, past, query_block)
+        kept.extend(rest)
+        return out
+
+    def mlp_block(y):
+        y = constrain(placement, linear(y, weights["fc1"], on=on), "batch", "length", "mlp")
+        return linear(_ACTIVATIONS[config.activation_function](y), weights["fc2"], on=on)
+
+    with jax.named_scope("self_attn"):
+        y = residual(x, attention_block, "self_attn_layer_norm", dropout_keys[0])
+    with jax.named_scope("mlp"):
+        y = residual(y, mlp_block, "final_layer_norm", dropout_keys[1])
+    if skip_key is not None and config.layerdrop > 0:
+        y = jnp.where(jax.random.bernoulli(skip_key, config.layerdrop), x, y)
+    attention, buffers = kept
+    return y, attention, buffers
+
+
+def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """A layer's weights, the matrices in ``dtype``, gathered; in this order, so that fewer bytes travel."""
+    if placement is None:
+        return weights
+    weights = jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
+    weights = jax.tree.map(_name, weights)
+    return jax.tree.map(_name, gather(placement, weights, logical_axes(config)["layers"]))
+
+
+def _name(weight: jax.Array) -> jax.Array:
+    return checkpoint_name(weight, USED_WEIGHT)
+
+
+def _self_attention(config: OPTConfig, placement: Any, weights, x, mask, head_mask, dropout_key, past, query_block):
+    b, t, d = x.shape
+    heads, on = (b, t, config.num_attention_heads, config.head_dim), platform(placement)
+
+    def project(name: str) -> jax.Array:
+        y = constrain(placement, linear(x, weights[name], on=on), "batch", "length", "heads")
+        return y.reshape(heads)
+
+    # Scaled before the product with k, as the original is: in float16 the other order overflows.
+    q = constrain(placement, project("q_proj") * config.head_dim**-0.5, "batch", "length", "heads", None)
+    k, v = project("k_proj"), project("v_proj")
+    if past is None:
+        layout, buffers = "heads", None
+        k, v = (constrain(placement, y.swapaxes(1, 2), "batch", "heads", None, None) for y in (k, v))
+    else:
+        k_buffer, v_buffer, index, layout = past
+        k = write_columns(k_buffer, k, index, layout)
+        v = write_columns(v_buffer, v, index, layout)
+        buffers = (k, v)
+    options: dict[str, Any] = dict(head_mask=head_mask, dropout=config.attention_dropout, dropout_key=dropout_key)
+    if query_block is None:
+        groups = 1 if placement is None else placement.shards("heads")
+        out, attention = attend(q, k, v, mask, layout=layout, groups=groups, **options)
+    else:
+        spread = placement is not None and placement.shards("length") > 1
+        out, attention = attend_in_blocks(q, k, v, mask, block=query_block, interleaved=spread, **options), None
+    out = constrain(placement, out, "batch", "length", "heads")
+    return linear(out, weights["out_proj"], on=on), attention, buffers
+
+
+def linear(x: jax.Array, weights: dict[str, jax.Array], dtype: Any = None, *, on: str) -> jax.Array:
+    """``x Wᵀ + b``, with W ``[out, in]``, in ``dtype``: that of x by default. ``on`` is the platform."""
+    dtype = x.dtype if dtype is None else dtype
+    weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
+    if on == "cpu":
+        return _linear_on_cpu(x, weight, bias).astype(dtype)
+    y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    return y if bias is None else y + bias.astype(dtype)
+
+
+def _linear_on_cpu(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`linear` as XLA's CPU backend does it best: bench/small_products.py has the figures.
+
+    The result is float32. Asked for bfloat16, XLA would multiply by way of a float32 copy of W.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    bias = None if bias is None else bias.astype(dtype)
+    rows = math.prod(x.shape[:-1])
+    if rows > FEW_ROWS:
+        y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+        return y if bias is None else y + bias
+    flat = x.reshape(rows, -1)
+    if rows == 1 and x.dtype == jnp.bfloat16:
+        flat = jnp.concatenate([flat, flat])  # a product with a vector would copy W again
+    # As (W xᵀ + b)ᵀ: W is read up to 40% faster as the left operand.
+    y = jnp.einsum("oi,ri->or", weight, flat, preferred_element_type=dtype)[:, :rows]
+    y = y if bias is None else y + bias[:, None]
+    return y.T.reshape(*x.shape[:-1], -1)
+
+
+def layer_norm(x: jax.Array, weights: dict[str, jax.Array] | None) -> jax.Array:
+    """Layer norm over the last axis, in float32; ``weights`` None where ``layer_norm_elementwise_affine`` is off."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+    if weights:
+        y = y * weights["weight"].astype(jnp.float32) + weights["bias"].astype(jnp.float32)
+    return y.astype(x.dtype)

@@ -1,0 +1,32 @@
+"""What the model does where its params are spread over a mesh, and leaves out where they are not.
+
+``params.placement`` is None, or an ``optjax.sharding.Placement``; optjax itself only asks it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+if TYPE_CHECKING:
+    from optjax.sharding import Placement
+
+
+def platform(placement: Placement | None) -> str:
+    """``"cpu"``, ``"gpu"`` or ``"tpu"``: where the params are, or else jax's default."""
+    return jax.default_backend() if placement is None else placement.platform
+
+
+def constrain(placement: Placement | None, x: jax.Array, *axes: str | None) -> jax.Array:
+    """An activation, with the logical axis of each dimension."""
+    return x if placement is None else placement.constrain(x, axes)
+
+
+def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
+    """Weights as they are used, from a nested dict of them and the same of their logical axes."""
+    if placement is None or weights is None:
+        return weights
+    if isinstance(weights, dict):
+        return {name: gather(placement, weight, axes[name]) for name, weight in weights.items()}
+    return placement.gather(weights, axes)

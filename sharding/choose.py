@@ -1,0 +1,58 @@
+"""A mesh for a size and a number of devices, by rules of thumb; ``optjax plan --search`` compiles and compares."""
+
+from __future__ import annotations
+
+from optjax.config import OPTConfig
+from optjax.declaration import count_params
+from optjax.sharding.mesh import parse_mesh
+
+JOBS = ("train", "generate")
+
+
+def choose_mesh(
+    config: OPTConfig, devices: int, job: str = "train", *, memory: float = 16e9, fast: int | None = None
+) -> dict[str, int]:
+    """The sizes of a mesh that suits a job.
+
+    Training spreads over ``fsdp``, with as little ``tensor`` as leaves each device a row and room for the activations
+    of one: every split of a layer costs traffic at every layer, and gathers of whole weights cost the same on any mesh.
+    Generation spreads weights over ``tensor`` until they take half of the memory, and rows over ``data``: there each
+    group of devices reads all weights again for its own rows.
+
+    Args:
+      devices: how many there are.
+      job: ``"train"`` or ``"generate"``.
+      memory: bytes of a device.
+      fast: the most devices with a fast network between them, such as a host's GPUs; all by default.
+
+    Raises:
+      ValueError: the number or the job makes no sense.
+    """
+    if job not in JOBS:
+        raise ValueError(f"no job {job!r}; there are: {', '.join(JOBS)}")
+    if devices < 1:
+        raise ValueError(f"a mesh has at least one device, not {devices}")
+    splits = [
+        n
+        for n in range(1, min(devices, fast or devices) + 1)
+        if devices % n == 0
+        and config.num_attention_heads % n == 0
+        and config.ffn_dim % n == 0
+        and config.vocab_size % n == 0
+    ]
+    if job == "generate":
+        needed = 2 * 2 * count_params(config)  # bfloat16, and as much again for the cache
+        tensor = next((n for n in splits if needed <= n * memory), splits[-1])
+        return parse_mesh({"data": devices // tensor, "tensor": tensor})
+    # What a row of full length keeps for the backward pass: the input of each layer, in bfloat16.
+    kept = 2 * config.num_hidden_layers * config.max_position_embeddings * config.hidden_size
+    state = 16 * count_params(config) / devices
+    room = max(memory - state, 0.1 * memory) / 4
+    for tensor in splits:
+        fits = config.hidden_size % (devices // tensor) == 0 and config.embed_dim % (devices // tensor) == 0
+        if fits and kept <= tensor * room:
+            return parse_mesh({"fsdp": devices // tensor, "tensor": tensor})
+    fitting = [n for n in splits if config.hidden_size % (devices // n) == 0]
+    if fitting:
+        return parse_mesh({"fsdp": devices // fitting[-1], "tensor": fitting[-1]})
+    return parse_mesh({"data": devices})

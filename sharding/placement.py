@@ -1,0 +1,220 @@
+"""Where weights and activations lie: a mesh and its rules, which ride along with the params as static data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optjax.config import OPTConfig
+from optjax.declaration import declare
+from optjax.sharding.mesh import AXES, format_mesh
+from optjax.sharding.rules import Rules, as_rules
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and rules. Made by `make_placement`, which checks them.
+
+    Attributes:
+      mesh: of devices; its axes are Auto: the compiler partitions.
+      rules: for each logical axis the mesh axes that split it, where the mesh has more than one device on them.
+    """
+
+    mesh: Mesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @property
+    def platform(self) -> str:
+        """``"cpu"``, ``"gpu"`` or ``"tpu"``: what the devices are, also where they are only described."""
+        platform = self.mesh.devices.flat[0].platform
+        return "gpu" if platform in ("cuda", "rocm") else platform
+
+    @cached_property
+    def _by_name(self) -> dict[str | None, tuple[str, ...]]:
+        sizes = self.mesh.shape
+        split = {axis: tuple(name for name in names if sizes.get(name, 1) > 1) for axis, names in self.rules}
+        return {None: (), **split}
+
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis."""
+        return self._by_name[axis]
+
+    def shards(self, axis: str | None) -> int:
+        """The number of parts that a logical axis is split into."""
+        return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
+
+    def sharding(self, axes: Axes) -> NamedSharding:
+        """The sharding of a weight whose dimensions have these logical axes."""
+        return self._named(self.mesh_axes(axis) for axis in axes)
+
+    def fitting(self, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
+        """The sharding of an activation; a dimension is split only as far as it divides (one row, one token)."""
+        entries = []
+        for size, axis in zip(shape, axes, strict=True):
+            names = self.mesh_axes(axis)
+            while size % math.prod(self.mesh.shape[name] for name in names):
+                names = names[:-1]
+            entries.append(names)
+        return self._named(entries)
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """An activation, told where to lie; see `fitting`."""
+        return jax.lax.with_sharding_constraint(x, self.fitting(x.shape, axes))
+
+    def gather(self, weight: jax.Array, axes: Axes) -> jax.Array:
+        """A weight as it is used: whole along the mesh axes that split the tokens, whose devices all need it.
+
+        Its cotangent goes straight back to the weight's own sharding, as a reduce-scatter.
+        """
+        stored, gathered = self.sharding(axes), self._gathered(axes)
+        return weight if stored == gathered else _gather(weight, stored, gathered)
+
+    def take(self, table: jax.Array, axes: Axes, index: jax.Array, dtype: Any) -> jax.Array:
+        """Rows of a table in ``dtype``, the table gathered as by `gather`; their cotangents are summed in float32."""
+        # Not the residual stream's sharding yet: for that the compiler would gather the vocabulary.
+        rows = self.fitting((*index.shape, table.shape[-1]), ("batch", "length", None))
+        return _take(table, index, jnp.dtype(dtype), self.sharding(axes), self._gathered(axes), rows)
+
+    def _gathered(self, axes: Axes) -> NamedSharding:
+        of_tokens = {*self.mesh_axes("batch"), *self.mesh_axes("length")}
+        return self._named(tuple(name for name in self.mesh_axes(axis) if name not in of_tokens) for axis in axes)
+
+    def _named(self, entries: Any) -> NamedSharding:
+        spec = [None if not names else names[0] if len(names) == 1 else tuple(names) for names in entries]
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{axis}: {'·'.join(names)}" for axis, names in self._by_name.items() if names)
+        return f"Placement({format_mesh(self.mesh)}; {rules})"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, stored: NamedSharding, gathered: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight, gathered)
+
+
+def _gather_forward(weight, stored, gathered):
+    return _gather(weight, stored, gathered), None
+
+
+def _gather_backward(stored, gathered, _, cotangent):
+    return (jax.lax.with_sharding_constraint(cotangent, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _take(table, index, dtype, stored: NamedSharding, gathered: NamedSharding, rows: NamedSharding) -> jax.Array:
+    table = jax.lax.with_sharding_constraint(table.astype(dtype), gathered)
+    return jax.lax.with_sharding_constraint(table[index], rows)
+
+
+def _take_forward(table, index, dtype, stored, gathered, rows):
+    return _take(table, index, dtype, stored, gathered, rows), (index, table)
+
+
+def _take_backward(dtype, stored, gathered, rows, kept, cotangent):
+    index, table = kept
+    cotangent = jax.lax.with_sharding_constraint(cotangent.astype(jnp.float32), rows)
+    total = jnp.zeros(table.shape, jnp.float32, device=gathered).at[index].add(cotangent)
+    return jax.lax.with_sharding_constraint(total.astype(table.dtype), stored), None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def make_placement(
+    mesh: Mesh | None, rules: str | Rules | None, config: OPTConfig, head: str | None
+) -> Placement | None:
+    """A placement that fits every weight of a model; None where there is no mesh.
+
+    Raises:
+      ValueError: rules that make no sense (see `as_rules`), rules without a mesh, a weight of which one mesh axis
+        splits two dimensions, or a dimension that does not divide; the message names the weight and the meshes that
+        would work.
+    """
+    if mesh is None:
+        if rules is not None:
+            raise ValueError("rules say how weights are spread over a mesh: pass mesh= too")
+        return None
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh should be a jax.sharding.Mesh such as make_mesh gives, not {type(mesh).__name__}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        # jax.make_mesh makes Explicit axes, under which a constraint is an assertion.
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    placement = Placement(mesh, as_rules(rules, mesh))
+    found = misfit(placement, config, head)
+    if found is not None:
+        raise ValueError(f"{found}; {_that_work(placement, config, head)}")
+    return placement
+
+
+def misfit(placement: Placement, config: OPTConfig, head: str | None) -> str | None:
+    """What is wrong with a placement for a model; None if nothing is."""
+    for weight in declare(config, head):
+        seen: dict[str, str] = {}
+        for size, axis in zip(weight.shape, weight.axes, strict=True):
+            for name in placement.mesh_axes(axis):
+                if name in seen:
+                    return f"{weight.path} {weight.shape}: mesh axis {name!r} splits both {seen[name]!r} and {axis!r}"
+                seen[name] = axis
+            parts = placement.shards(axis)
+            if axis == "heads" and config.num_attention_heads % parts:
+                size = config.num_attention_heads
+            if size % parts:
+                return f"{weight.path} {weight.shape}: {axis} = {size} does not divide into {_named(placement, axis)}"
+    return None
+
+
+def _named(placement: Placement, axis: str) -> str:
+    return " × ".join(f"{name}={placement.mesh.shape[name]}" for name in placement.mesh_axes(axis))
+
+
+def _that_work(placement: Placement, config: OPTConfig, head: str | None) -> str:
+    """The meshes of as many devices that fit, in words."""
+    n, mesh = placement.mesh.size, placement.mesh
+    if tuple(mesh.axis_names) != tuple(AXES):
+        return "choose other sizes of the mesh, or None for that axis in the rules"
+    own = format_mesh(mesh)
+    used = {name for _, names in placement.rules for name in names}
+    if mesh.shape["sequence"] == 1:
+        used.discard("sequence")
+    fits = []
+    for sizes in meshes(n, tuple(name for name in AXES if name in used)):
+        other: Any = _Shape(sizes)
+        if format_mesh(sizes) != own and misfit(Placement(other, placement.rules), config, head) is None:
+            fits.append(format_mesh(sizes))
+    if not fits:
+        return f"no mesh of {n} devices fits these rules"
+    return f"meshes of {n} devices that work: {'; '.join(fits[:6])}{' …' if len(fits) > 6 else ''}"
+
+
+class _Shape:
+    """As much of a mesh as `misfit` looks at."""
+
+    def __init__(self, shape: dict[str, int]):
+        self.shape = shape
+
+
+def meshes(devices: int, axes: tuple[str, ...] = tuple(AXES)) -> list[dict[str, int]]:
+    """Every mesh of so many devices over some of the axes; the largest ``tensor`` first."""
+
+    def split(n: int, names: tuple[str, ...]) -> list[dict[str, int]]:
+        if not names:
+            return [{}] if n == 1 else []
+        found = []
+        for size in range(n, 0, -1):
+            if n % size == 0:
+                found += [{**rest, names[-1]: size} for rest in split(n // size, names[:-1])]
+        return found
+
+    return [{**dict.fromkeys(AXES, 1), **sizes} for sizes in split(devices, axes)]

@@ -1,0 +1,149 @@
+"""Meshes and rules: what they make, and what they refuse."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+import optjax
+from optjax import OPTConfig
+from optjax.presets import PRESETS
+from optjax.sharding import AXES, LOGICAL_AXES, RULES, make_mesh, make_placement, meshes, parse_mesh
+
+TINY = OPTConfig(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, ffn_dim=48)
+
+
+def eight() -> list:
+    return jax.devices()[:8]
+
+
+def test_sizes_of_a_mesh():
+    assert parse_mesh("fsdp=16, tensor=8") == {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 8}
+    assert parse_mesh("fsdp=-1,tensor=2", 8)["fsdp"] == 4
+    assert parse_mesh(None, 8) == parse_mesh({"fsdp": 8}) == parse_mesh("fsdp=8", 8)
+    mesh = make_mesh("fsdp=2,tensor=4", eight())
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 4}
+    assert mesh.axis_names == tuple(AXES) and set(mesh.axis_types) == {AxisType.Auto}
+    assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in eight()]
+
+
+@pytest.mark.parametrize(
+    ("spec", "devices", "message"),
+    [
+        ("fsdp=3", 8, "mesh fsdp=3 is for 3 devices, and there are 8"),
+        ("fsdp=-1,tensor=3", 8, "a multiple of 3 devices"),
+        ("model=8", 8, "no axis 'model'; there are: data, fsdp, sequence, tensor"),
+        ("fsdp", 8, "'fsdp' is not axis=size"),
+        ("fsdp=two", 8, "'fsdp=two' is not axis=size"),
+        ("fsdp=0", 8, "should be a positive integer"),
+        ({"fsdp": 2.0}, 8, "should be a positive integer"),
+        ("fsdp=2,fsdp=4", 8, "named twice"),
+        ("fsdp=-1,tensor=-1", 8, "only one mesh axis can be -1"),
+        ("fsdp=-1", None, "depends on the number of devices"),
+    ],
+)
+def test_meshes_that_make_no_sense(spec, devices, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mesh(spec, devices)
+
+
+def test_every_mesh_of_so_many_devices():
+    found = meshes(8, ("fsdp", "tensor"))
+    assert [(m["fsdp"], m["tensor"]) for m in found] == [(1, 8), (2, 4), (4, 2), (8, 1)]
+    assert len(meshes(8)) == 20  # of 2³ on four axes: 3 indistinguishable balls into 4 boxes
+    assert all(np.prod(list(m.values())) == 8 for m in meshes(8))
+
+
+def refuse(message, mesh="fsdp=2,tensor=4", rules=None, config=TINY, head="causal_lm"):
+    mesh = make_mesh(mesh, eight()) if isinstance(mesh, str) else mesh
+    with pytest.raises(ValueError, match=message):
+        make_placement(mesh, rules, config, head)
+
+
+def test_rules_that_make_no_sense():
+    base = dict(RULES["tensor"])
+    refuse("no rule set 'megatron'; there are: data, fsdp", rules="megatron")
+    refuse("a name or a dict, not list", rules=[("mlp", "tensor")])
+    refuse("no logical axis is named 'mpl'; did you mean 'mlp'", rules=base | {"mpl": "tensor"})
+    refuse(
+        "the rules say nothing of vocab, model", rules={k: v for k, v in base.items() if k not in ("vocab", "model")}
+    )
+    refuse("the rule for 'mlp' names mesh axis 'tensr'", rules=base | {"mlp": "tensr"})
+    refuse("names a mesh axis twice", rules=base | {"mlp": ("tensor", "tensor")})
+    refuse("splits 'batch' and 'heads', which are dimensions of the same", rules=base | {"batch": ("fsdp", "tensor")})
+    refuse("no rule uses mesh axis 'tensor': its 4 groups", rules="fsdp")
+    refuse("mesh should be a jax.sharding.Mesh", mesh=["cpu"])
+    with pytest.raises(ValueError, match="pass mesh= too"):
+        make_placement(None, "fsdp", TINY, None)
+    assert make_placement(None, None, TINY, None) is None
+
+
+def test_weights_that_do_not_fit():
+    words = r"layers.self_attn.q_proj.weight \(24, 24\): heads = 6 does not divide into tensor=4"
+    work = "fsdp=4,tensor=2; data=2,fsdp=2,tensor=2; data=4,tensor=2; fsdp=8; data=2,fsdp=4; data=4,fsdp=2 …"
+    refuse(f"{words}; meshes of 8 devices that work: {work}")
+    refuse("embed_tokens.weight .*: vocab = 50 does not divide into tensor=4", config=TINY.replace(vocab_size=50))
+    rules = RULES["tensor"] | {"model": "tensor"}
+    config = TINY.replace(num_attention_heads=8)
+    words = "layers.self_attn.q_proj.weight .* 'tensor' splits both 'heads' and 'model'"
+    refuse(words, mesh="tensor=8", rules=rules, config=config)
+    odd = TINY.replace(num_attention_heads=3, hidden_size=21)
+    refuse("embed = 21 does not divide into fsdp=8", mesh="fsdp=8", rules="fsdp", config=odd)
+
+
+def test_errors_come_before_a_weight_is_made():
+    mesh = make_mesh("tensor=8", eight())
+    for make in (partial(optjax.init_params, TINY, jax.random.key(0)), partial(optjax.abstract_params, TINY)):
+        with pytest.raises(ValueError, match="heads = 6 does not divide"):
+            make(mesh=mesh)
+        with pytest.raises(ValueError, match="pass mesh= too"):
+            make(rules="fsdp")
+    with pytest.raises(ValueError, match="does not divide into tensor=8"):
+        optjax.load_params("opt-mini", mesh=mesh, rules=RULES["tensor"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_sizes_fit_the_meshes_that_the_arithmetic_allows(name):
+    """Powers of two that divide heads and vocabulary, and no others."""
+    config = OPTConfig.preset(name)
+    for tensor in (1, 2, 4, 8):
+        placed = None
+        try:
+            placed = make_placement(
+                make_mesh(f"fsdp={8 // tensor},tensor={tensor}", eight()), None, config, "causal_lm"
+            )
+        except ValueError as error:
+            assert "does not divide" in str(error)
+        assert (placed is not None) == (config.num_attention_heads % tensor == 0 and config.vocab_size % tensor == 0)
+
+
+def test_every_logical_axis_of_a_weight_has_a_rule():
+    for config in (TINY, TINY.replace(word_embed_proj_dim=12)):
+        for head in ("causal_lm", "sequence_classification", "question_answering"):
+            assert {axis for weight in optjax.declare(config, head) for axis in weight.axes} <= LOGICAL_AXES.keys()
+    assert all(set(rules) == set(LOGICAL_AXES) for rules in RULES.values())
+
+
+def test_a_mesh_of_ones_own():
+    """Explicit axes, as jax.make_mesh makes them, and other names."""
+    devices = np.array(eight()).reshape(2, 4)
+    explicit = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    config = TINY.replace(num_attention_heads=8)
+    params = optjax.init_params(config, jax.random.key(0), mesh=explicit)
+    assert optjax.generate(params, np.full((2, 3), 5), max_new_tokens=2).shape == (2, 5)
+    named = Mesh(devices, ("rows", "columns"))
+    rules = dict.fromkeys(LOGICAL_AXES) | {"batch": "rows", "mlp": "columns"}
+    params = optjax.init_params(config, jax.random.key(0), mesh=named, rules=rules)
+    fc1 = params["layers"][0]["fc1"]["weight"]
+    assert fc1.sharding.shard_shape(fc1.shape) == (12, 24)
+    refuse(
+        "does not divide into columns=4; choose other sizes",
+        mesh=named,
+        rules=rules | {"labels": "columns"},
+        head="question_answering",
+        config=config,
+    )
