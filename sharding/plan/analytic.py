@@ -1,0 +1,247 @@
+"""What a step has to do and to hold, counted from the config: FLOPs, bytes through memory, and the least memory.
+
+A count per device follows the rules: what a dimension is split into divides the work along it. FLOPs are those of the
+matrix products (2 for a multiply and add), the convention in which utilization is given (Chowdhery et al. 2022, PaLM,
+appendix B); nothing else comes near them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from optjax.config import OPTConfig
+from optjax.declaration import Weight, declare
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Remat:
+    """What a policy keeps of each layer for the backward pass, and what it computes again there.
+
+    Attributes:
+      residual, heads, mlp: values kept per token: of width D along the residual stream, of width D that heads split,
+        of width F.
+      products, attention: how often the forward pass's products with weights, and attention, are computed again.
+    """
+
+    residual: int
+    heads: int
+    mlp: int
+    products: float
+    attention: float
+
+
+REMAT = {
+    "none": Remat(residual=2, heads=4, mlp=1, products=0, attention=0),
+    "dots": Remat(residual=3, heads=3, mlp=1, products=0, attention=1),
+    "full": Remat(residual=1, heads=0, mlp=0, products=1, attention=1),
+    "offload": Remat(residual=0, heads=0, mlp=0, products=1, attention=1),
+}
+
+
+class Splits(Protocol):
+    """What is asked of a placement."""
+
+    @property
+    def mesh(self) -> Any: ...
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]: ...
+    def shards(self, axis: str | None) -> int: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run of a program.
+
+    Attributes:
+      model_flops: of all devices together: forward, and twice that for backward, attention over the past alone. What
+        utilization is measured by.
+      flops: of one device, as they are carried out: with what is computed again, and attention over the whole row.
+      hbm_bytes: that one device reads and writes at least.
+      memory: bytes that one device holds at least at once, by what they are.
+      tokens: that the program reads or makes.
+    """
+
+    model_flops: float
+    flops: float
+    hbm_bytes: float
+    memory: dict[str, int]
+    tokens: int
+
+    @property
+    def least_memory(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training step's levers, as far as they change what it does and holds.
+
+    Attributes:
+      batch, length: rows and tokens a row of a step, over all devices.
+      micro_batches: that a step is made of.
+      remat: one of `REMAT`.
+      blocks: whether attention goes over blocks of queries, whose scores are computed again for the backward pass.
+      weight, gradient, moment, compute: bytes of a weight, its gradient, each of Adam's two moments, and of what is
+        computed with.
+      moments_on_device: whether Adam's moments lie in HBM rather than in the host's memory.
+    """
+
+    batch: int
+    length: int
+    micro_batches: int = 1
+    remat: str = "full"
+    blocks: bool = False
+    weight: int = 4
+    gradient: int = 4
+    moment: int = 4
+    compute: int = 2
+    moments_on_device: bool = True
+
+
+def training(config: OPTConfig, splits: Splits, options: Training) -> Work:
+    """One step."""
+    o, again = options, REMAT[options.remat]
+    tokens = o.batch * o.length
+    rows = o.batch // o.micro_batches
+    own = tokens / fit(splits, "batch", rows) / fit(splits, "length", o.length)  # tokens of a device
+    forward = token_flops(config) * tokens + attention_flops(config, o.batch * causal_pairs(o.length))
+    products = layer_flops(config, splits, own, 0)
+    attention = layer_flops(config, splits, 0, own * o.length)
+    head = 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
+    head += _projection_flops(config, own)
+    # Of attention's two products, the first is what a block computes again.
+    flops = (3 + again.products) * products + (3 + again.attention + 0.5 * o.blocks) * attention + 3 * head
+
+    weights = stored_bytes(config, splits, o.weight)
+    used = used_bytes(config, splits, o.compute)
+    passes = o.micro_batches * (2 + again.products)
+    activations = _activation_traffic(config, splits, own, o.length, o.compute)
+    state = weights * (2 * o.weight + 4 * o.moment * o.moments_on_device + 2 * o.gradient) / o.weight
+    hbm = passes * used + activations * (3 + again.products) + state
+
+    memory = {"weights": weights}
+    if o.moments_on_device:
+        memory["optimizer state"] = weights // o.weight * 2 * o.moment
+    memory["gradients"] = weights // o.weight * o.gradient
+    memory["activations"] = int(rows / fit(splits, "batch", rows) * _kept_bytes(config, splits, o))
+    return Work(3 * forward, flops, hbm, memory, tokens)
+
+
+def prefill(config: OPTConfig, splits: Splits, *, batch: int, length: int, cache_length: int, width: int = 2) -> Work:
+    """Reading prompts of ``length`` tokens into an empty cache; logits of the last one only."""
+    tokens = batch * length
+    own = tokens / fit(splits, "batch", batch) / fit(splits, "length", length)
+    model = token_flops(config, head=False) * tokens + attention_flops(config, batch * causal_pairs(length))
+    model += 2 * batch * config.vocab_size * config.embed_dim
+    flops = layer_flops(config, splits, own, own * cache_length)
+    flops += 2 * (batch / fit(splits, "batch", batch)) * config.vocab_size * config.embed_dim / splits.shards("vocab")
+    memory = _serving(config, splits, batch, cache_length, width)
+    hbm = used_bytes(config, splits, width) + _activation_traffic(config, splits, own, cache_length, width)
+    hbm += memory["cache"] * length / cache_length
+    return Work(model, flops, hbm, memory, tokens)
+
+
+def decoding(config: OPTConfig, splits: Splits, *, batch: int, cache_length: int, width: int = 2) -> Work:
+    """One token for each row, over a full cache."""
+    own = batch / fit(splits, "batch", batch)
+    model = token_flops(config) * batch + attention_flops(config, batch * cache_length)
+    flops = layer_flops(config, splits, own, own * cache_length) + _projection_flops(config, own)
+    flops += 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
+    memory = _serving(config, splits, batch, cache_length, width)
+    return Work(model, flops, used_bytes(config, splits, width) + memory["cache"], memory, batch)
+
+
+def causal_pairs(length: int) -> int:
+    """Pairs of a query and a key at or before it."""
+    return length * (length + 1) // 2
+
+
+def token_flops(config: OPTConfig, head: bool = True) -> int:
+    """Forward FLOPs per token of all products with weights; looking up an embedding is none."""
+    flops = sum(2 * w.size * _copies(config, w) for w in declare(config, None) if w.kind in ("linear", "output"))
+    return flops + (2 * config.vocab_size * config.embed_dim if head else 0)
+
+
+def attention_flops(config: OPTConfig, pairs: float) -> float:
+    """Forward FLOPs of q·k and of weights·v, for so many pairs of a query and a key in every layer."""
+    return 4 * config.num_hidden_layers * config.hidden_size * pairs
+
+
+def layer_flops(config: OPTConfig, splits: Splits, tokens: float, pairs: float) -> float:
+    """Forward FLOPs of all layers on one device, which has so many tokens, and pairs of a query and a key."""
+    d, f, n = config.hidden_size, config.ffn_dim, config.num_hidden_layers
+    heads, mlp = splits.shards("heads"), splits.shards("mlp")
+    return n * tokens * (8 * d * d / heads + 4 * d * f / mlp) + attention_flops(config, pairs) / heads
+
+
+def stored_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
+    """Of the weights as a device keeps them."""
+    return sum(_share(w, splits, ()) * _copies(config, w) for w in declare(config)) * width
+
+
+def used_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
+    """Of the weights as a device multiplies with them: gathered over the devices that have other tokens. A table is
+    looked up, not read, but for the one that is the head as well."""
+    tokens = {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
+    read = (w for w in declare(config) if w.path != "embed_positions.weight")
+    return sum(_share(w, splits, tokens) * _copies(config, w) for w in read) * width
+
+
+def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, width: int) -> int:
+    """Of keys and values on one device."""
+    parts = fit(splits, "batch", batch) * splits.shards("heads") * fit(splits, "cache_length", length)
+    return 2 * config.num_hidden_layers * batch * length * config.hidden_size * width // parts
+
+
+def fit(splits: Splits, axis: str, size: int) -> int:
+    """The parts that a dimension of activations is split into: as many of its mesh axes as divide it."""
+    sizes: Mapping[str, int] = splits.mesh.shape
+    names = splits.mesh_axes(axis)
+    while size % math.prod(sizes[name] for name in names):
+        names = names[:-1]
+    return math.prod(sizes[name] for name in names)
+
+
+def _share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:
+    """Elements of one weight on a device."""
+    sizes: Mapping[str, int] = splits.mesh.shape
+    gathered = set(gathered)
+    names = [name for axis in weight.axes for name in splits.mesh_axes(axis) if name not in gathered]
+    return weight.size // math.prod(sizes[name] for name in names)
+
+
+def _copies(config: OPTConfig, weight: Weight) -> int:
+    return config.num_hidden_layers if weight.per_layer else 1
+
+
+def _projection_flops(config: OPTConfig, tokens: float) -> float:
+    """OPT-350m's products between the embedding's width and the model's, in and out."""
+    return 4 * tokens * config.hidden_size * config.embed_dim if config.has_projections else 0
+
+
+def _activation_traffic(config: OPTConfig, splits: Splits, tokens: float, keys: int, width: int) -> float:
+    """Bytes of what goes into and comes out of each product of a forward pass; scores are written and read once."""
+    d, f, h = config.hidden_size, config.ffn_dim, config.num_attention_heads
+    heads, mlp = splits.shards("heads"), splits.shards("mlp")
+    values = 5 * d + (4 * d) / heads + 2 * f / mlp
+    scores = 2 * keys * h / heads
+    return config.num_hidden_layers * tokens * (values + scores) * width
+
+
+def _kept_bytes(config: OPTConfig, splits: Splits, o: Training) -> float:
+    """Of one row, of all layers, between the forward and the backward pass."""
+    keep = REMAT[o.remat]
+    whole, inside = o.length / fit(splits, "residual_length", o.length), o.length / fit(splits, "length", o.length)
+    values = keep.residual * config.hidden_size * whole
+    values += keep.heads * config.hidden_size * inside / splits.shards("heads")
+    values += keep.mlp * config.ffn_dim * inside / splits.shards("mlp")
+    return config.num_hidden_layers * values * o.compute
+
+
+def _serving(config: OPTConfig, splits: Splits, batch: int, length: int, width: int) -> dict[str, int]:
+    cache = cache_bytes(config, splits, batch, length, width)
+    return {"weights": stored_bytes(config, splits, width), "cache": cache}
