@@ -1,0 +1,212 @@
+"""What is asked of a plan, complete and checked: a size, a slice, a job, a mesh, rules and the job's options."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optjax.config import OPTConfig
+from optjax.sharding.choose import choose_mesh
+from optjax.sharding.mesh import format_mesh, parse_mesh
+from optjax.sharding.placement import Placement, _that_work, misfit
+from optjax.sharding.rules import DEFAULT_RULES, Rules, as_rules
+
+from . import analytic
+from .analytic import Work
+from .hardware import Topology, parse_topology
+
+JOBS = ("train", "generate")
+# Batches in tokens that the sizes were trained with (Zhang et al. 2022, table 1), by parameters of the hidden size.
+_PAPER_TOKENS = {768: 2**19, 1024: 2**19, 2048: 2**20, 2560: 2**20, 4096: 2**21, 5120: 2**22, 7168: 2**22}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One combination to plan. Made by `make_request`, which fills in what is left open and checks the whole.
+
+    Attributes:
+      size: its name, ``opt-175b``, or ``custom``.
+      mesh: the size of every axis.
+      rules: a name of `optjax.sharding.RULES`, or a dict.
+      options: of the job: what its programs are made with, in plain types.
+    """
+
+    size: str
+    config: OPTConfig
+    topology: Topology
+    job: str
+    mesh: dict[str, int]
+    rules: str | Rules
+    options: dict[str, Any]
+
+    @property
+    def splits(self) -> Placement:
+        """The placement, over a mesh that has a shape and no devices."""
+        mesh: Any = _Shape(self.mesh)
+        return Placement(mesh, as_rules(self.rules, mesh))
+
+    def works(self) -> dict[str, Work]:
+        """What each program of the job has to do."""
+        o, splits = self.options, self.splits
+        width = analytic.WIDTHS[o["dtype"]]
+        if self.job == "generate":
+            shape = {"batch": o["batch"], "cache_length": o["cache_length"], "width": width}
+            return {
+                "prefill": analytic.prefill(self.config, splits, length=o["prompt"], **shape),
+                "decode step": analytic.decoding(self.config, splits, **shape),
+            }
+        block = o["query_block"]
+        step = analytic.Training(
+            batch=o["batch"],
+            length=o["length"],
+            micro_batches=o["micro_batches"],
+            remat=o["remat"],
+            blocks=o["length"] >= 1024 if block is None else 0 < block < o["length"],
+            moment=analytic.WIDTHS[o["moments_dtype"]],
+            compute=width,
+            moments_on_device=o["moments_memory"] == "device",
+        )
+        return {"train step": analytic.training(self.config, splits, step)}
+
+    def command(self) -> str:
+        """The command that plans just this."""
+        words = ["optjax", "plan", self.size, "--topology", self.topology.name, "--job", self.job]
+        words += ["--mesh", format_mesh(self.mesh) if self.topology.devices > 1 else "data=1"]
+        if isinstance(self.rules, str) and self.rules != DEFAULT_RULES:
+            words += ["--rules", self.rules]
+        defaults = _defaults(self.config, self.job)
+        for name, value in self.options.items():
+            if name in ("batch", "micro_batches") or value != defaults[name]:
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        return shlex.join(words)
+
+
+class _Shape(dict[str, int]):
+    """As much of a mesh as can be known without devices."""
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return self
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.values())
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        return tuple(self)
+
+
+def make_request(
+    size: str | OPTConfig,
+    topology: str | Topology,
+    job: str = "train",
+    *,
+    mesh: str | Mapping[str, int] | None = "auto",
+    rules: str | Rules | None = None,
+    **options: Any,
+) -> Request:
+    """See `optjax.sharding.plan.plan`, whose arguments these are.
+
+    Raises:
+      ValueError: something is unknown, or does not fit together.
+    """
+    config = size if isinstance(size, OPTConfig) else OPTConfig.preset(size)
+    name = size.lower().removeprefix("facebook/") if isinstance(size, str) else "custom"
+    topology = topology if isinstance(topology, Topology) else parse_topology(topology)
+    if job not in JOBS:
+        raise ValueError(f"no job {job!r}; there are: {', '.join(JOBS)}")
+    if mesh is None or mesh == "auto":
+        chip = topology.chip
+        fast = chip.devices_per_host if chip.platform == "gpu" else topology.devices // topology.slices
+        sizes = choose_mesh(config, topology.devices, job, memory=chip.capacity, fast=fast)
+    else:
+        sizes = parse_mesh(mesh, topology.devices)
+    request = Request(name, config, topology, job, sizes, DEFAULT_RULES if rules is None else rules, {})
+    wrong = misfit(request.splits, config, "causal_lm")
+    if wrong:
+        raise ValueError(f"{wrong}; {_that_work(request.splits, config, 'causal_lm')}")
+    chosen = _checked(config, job, options)
+    if chosen.get("micro_batches") == "auto":
+        chosen["micro_batches"] = _most_micro_batches(request.splits, chosen["batch"])
+    request.options.update(chosen)
+    if job == "train":
+        _check_batch(request.splits, chosen)
+    return request
+
+
+def _defaults(config: OPTConfig, job: str) -> dict[str, Any]:
+    positions = config.max_position_embeddings
+    if job == "generate":
+        return {"batch": 1, "prompt": min(512, positions), "cache_length": min(2048, positions), "dtype": "bfloat16"}
+    length = min(2048, positions)
+    return {
+        "batch": max(1, _PAPER_TOKENS.get(config.hidden_size, 2**21) // length),
+        "length": length,
+        "micro_batches": "auto",
+        "remat": "full",
+        "dtype": "bfloat16",
+        "moments_dtype": "float32",
+        "moments_memory": "device",
+        "query_block": None,
+        "loss_chunks": None,
+        "dropout": 0.0,
+    }
+
+
+_CHOICES = {
+    "dtype": ("bfloat16", "float32", "float16"),
+    "moments_dtype": ("float32", "bfloat16"),
+    "moments_memory": ("device", "host"),
+}
+
+
+def _checked(config: OPTConfig, job: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's options, with those left out (or None) filled in."""
+    chosen = _defaults(config, job)
+    for name, value in options.items():
+        if name not in chosen:
+            raise ValueError(f"to {job} there is no option {name!r}; there are: {', '.join(chosen)}")
+        if value is not None:
+            chosen[name] = value
+    for name, value in chosen.items():
+        allowed = tuple(analytic.REMAT) if name == "remat" else _CHOICES.get(name)
+        if allowed is not None:
+            if value not in allowed:
+                raise ValueError(f"{name} should be one of {', '.join(allowed)}, not {value!r}")
+        elif name == "dropout":
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"dropout should be at least 0 and less than 1, not {value!r}")
+        elif value is not None and value != "auto" and (not isinstance(value, int) or value < (name != "query_block")):
+            raise ValueError(f"{name} should be a positive integer, not {value!r}")
+    positions = config.max_position_embeddings
+    for name in {"length", "cache_length"} & chosen.keys():
+        if chosen[name] > positions:
+            raise ValueError(f"{name} {chosen[name]} is more than the model's {positions} positions")
+    if job == "generate" and chosen["prompt"] > chosen["cache_length"]:
+        raise ValueError(f"a prompt of {chosen['prompt']} tokens does not go into a cache of {chosen['cache_length']}")
+    return chosen
+
+
+def _most_micro_batches(splits: Placement, batch: int) -> int:
+    """As many micro-batches as leave one row on every device."""
+    return max(1, batch // splits.shards("batch"))
+
+
+def _check_batch(splits: Placement, options: Mapping[str, Any]) -> None:
+    batch, parts = options["batch"], options["micro_batches"]
+    groups = splits.shards("batch")
+    if batch % (parts * groups):
+        raise ValueError(
+            f"a batch of {batch} rows does not divide into {parts} micro-batches over {groups} groups of devices; "
+            f"it should be a multiple of {parts * groups}"
+        )
+    for axis in ("length", "residual_length"):
+        if options["length"] % splits.shards(axis):
+            raise ValueError(
+                f"rows of {options['length']} tokens do not divide over {splits.shards(axis)} devices, as the rule for "
+                f"{axis!r} asks; choose another length, mesh or rules"
+            )
