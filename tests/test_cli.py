@@ -270,7 +270,7 @@ def test_help(run):
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_the_examples_of_the_help_are_possible(run, command):
-    examples = re.findall(r"^  .*?\boptjax ((?:generate|convert|info).*)$", run(*command, "--help").out, re.MULTILINE)
+    examples = re.findall(r"^  .*?\boptjax ((?:generate|convert|info|plan).*)$", run(*command, "--help").out, re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
         words = shlex.split(re.split(r" {2,}| [>|] ", example)[0])

@@ -1,7 +1,8 @@
-"""The command line `optjax`: `generate`, `convert` and `info`.
+"""The command line `optjax`: `generate`, `convert`, `info` and `plan`.
 
 Only what was asked for goes to standard output; notes and errors go to standard error. Exit status: 0, or 1 where
-something failed, 2 where the command makes no sense, 130 after Ctrl-C, 141 where the reader of a pipe went away.
+something failed, 2 where the command makes no sense, 3 where what was planned does not fit, 130 after Ctrl-C, 141 where
+the reader of a pipe went away.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-COMMANDS = ("generate", "convert", "info")
+COMMANDS = ("generate", "convert", "info", "plan")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _TEXT = """\
@@ -22,6 +22,7 @@ examples:
   optjax generate --model facebook/opt-125m "Hello, my name is"
   optjax convert facebook/opt-1.3b opt-1.3b-bf16 --dtype bfloat16
   optjax info opt-1.3b opt-175b
+  optjax plan opt-175b --topology v5p:4x4x8
 
 Each command has its own help: optjax generate --help
 """
