@@ -270,7 +270,9 @@ def test_help(run):
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_the_examples_of_the_help_are_possible(run, command):
-    examples = re.findall(r"^  .*?\boptjax ((?:generate|convert|info|plan).*)$", run(*command, "--help").out, re.MULTILINE)
+    examples = re.findall(
+        r"^  .*?\boptjax ((?:generate|convert|info|plan).*)$", run(*command, "--help").out, re.MULTILINE
+    )
     assert len(examples) >= 2
     for example in examples:
         words = shlex.split(re.split(r" {2,}| [>|] ", example)[0])
@@ -331,3 +333,14 @@ def test_a_reader_that_goes_away_is_no_error(model, cache):
     assert b"Traceback" not in err and b"rror" not in err
     process.stdin.close()
     process.stderr.close()
+
+
+def test_generate_over_a_mesh(run, model):
+    words = ("generate", "--model", model, "--greedy", "-n", "8", "the old house", "--no-compile-cache")
+    alone = run(*words)
+    spread = run(*words, "--mesh", "fsdp=4,tensor=2")
+    assert alone.status == spread.status == 0
+    assert spread.out == alone.out
+    assert "fsdp=4,tensor=2" in spread.err
+    wrong = run(*words, "--mesh", "tensor=3")
+    assert wrong.status == 1 and "mesh tensor=3 is for 3 devices, and there are 8" in wrong.err

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 import optjax
 from optjax import OPTConfig
 from optjax.presets import PRESETS
-from optjax.sharding import AXES, LOGICAL_AXES, RULES, make_mesh, make_placement, meshes, parse_mesh
+from optjax.sharding import AXES, LOGICAL_AXES, RULES, choose_mesh, make_mesh, make_placement, meshes, parse_mesh
 
 TINY = OPTConfig(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, ffn_dim=48)
 
@@ -147,3 +147,21 @@ def test_a_mesh_of_ones_own():
         head="question_answering",
         config=config,
     )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_mesh_for_a_size(name):
+    """Whatever is chosen fits, and makes up the devices."""
+    config = OPTConfig.preset(name)
+    for job in ("train", "generate"):
+        sizes = choose_mesh(config, 8, job)
+        assert make_placement(make_mesh(sizes, eight()), None, config, "causal_lm") is not None
+    small, large = OPTConfig.preset("opt-125m"), OPTConfig.preset("opt-175b")
+    assert choose_mesh(small, 64, "generate") == parse_mesh("data=64")
+    assert choose_mesh(small, 64) == parse_mesh("fsdp=64")
+    assert choose_mesh(large, 16, "generate", memory=95e9) == parse_mesh("data=2,tensor=8")
+    assert choose_mesh(large, 16, "generate", memory=31e9, fast=8) == parse_mesh("data=2,tensor=8")
+    assert choose_mesh(large, 256)["tensor"] > 1
+    for bad in ((0, "train"), (8, "sing")):
+        with pytest.raises(ValueError, match="at least one device|no job"):
+            choose_mesh(large, *bad)

@@ -58,9 +58,14 @@ class Continuation:
         dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         # The tokenizer first: it is soon there, and where it is not, nobody waits for the weights.
         self.tokenizer = optjax.Tokenizer.load(arguments.tokenizer or arguments.model, revision=arguments.revision)
+        mesh = None
+        if arguments.mesh is not None:
+            from optjax.sharding import make_mesh
+
+            mesh = make_mesh(arguments.mesh)
         progress = False if arguments.quiet else None
         self.params = optjax.load_params(
-            arguments.model, dtype, "causal_lm", revision=arguments.revision, progress=progress
+            arguments.model, dtype, "causal_lm", mesh, revision=arguments.revision, progress=progress
         )
         self.config = self.params.config
         self.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
@@ -73,6 +78,8 @@ class Continuation:
     def _title(self, dtype: str) -> str:
         name = self.arguments.model
         size = f"{optjax.count_params(self.config) / 1e6:,.1f}M parameters, {dtype} on {jax.default_backend()}"
+        if self.arguments.mesh is not None:
+            size += f", {self.arguments.mesh}"
         other = "; it ships with optjax, --model takes others" if name == MODEL else ""
         return f"{name}: {size}{other}\n{describe_sampling(self.options, self.seed)}"
 

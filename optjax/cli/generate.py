@@ -23,6 +23,7 @@ examples:
   optjax generate "Once upon a time" --seed 7 -n 300
   optjax generate --model facebook/opt-350m --greedy "The capital of France is"
   optjax generate --model ./my-checkpoint --num-return-sequences 3 "Dear Sir,"
+  optjax generate --model facebook/opt-30b --mesh tensor=8 "The sea"
   echo "It was a dark night" | optjax generate
   optjax generate --file prompts.txt --jsonl > answers.jsonl
 
@@ -55,6 +56,8 @@ def _add_model(group: Any) -> None:
     add_revision(add)
     text = "of weights and computation (default: float32 on CPU, bfloat16 on GPU and TPU)"
     add("--dtype", choices=DTYPES, help=text)
+    text = "spread the model over devices: tensor=4, or fsdp=2,tensor=4; -1 stands for all that are left (one device)"
+    add("--mesh", metavar="AXES", help=text)
 
 
 def _add_length(group: Any) -> None:
