@@ -66,7 +66,7 @@ def test_import_loads_nothing_heavy(use: str):
 
 
 def test_public_names_exist():
-    for name in ("optjax", "optjax.sharding", "optjax.train"):
+    for name in PUBLIC:
         module = import_module(name)
         public = getattr(module, "__all__", [])
         assert len(set(public)) == len(public), f"{name}.__all__ repeats a name"
@@ -119,7 +119,7 @@ def private_uses(text: str) -> list[str]:
     return [use for use in found if use != "optjax.__version__"]
 
 
-PUBLIC = ("optjax", "optjax.sharding", "optjax.train")
+PUBLIC = ("optjax", "optjax.sharding", "optjax.sharding.plan", "optjax.train")
 
 
 @pytest.mark.parametrize(("path", "text"), [pytest.param(*program, id=program[0]) for program in programs()])

@@ -13,7 +13,7 @@ import pytest
 
 from optjax import OPTConfig
 from optjax.cli import main
-from optjax.sharding.plan import compiling, planning, worker
+from optjax.sharding.plan import asking, compiling, planning
 from optjax.sharding.plan.compiling import Compiled, Traffic, memory_asked
 from optjax.sharding.plan.planning import plan
 from optjax.sharding.plan.request import make_request
@@ -209,10 +209,10 @@ def test_a_missing_compiler_is_named_with_what_brings_it(optjax_plan, monkeypatc
 
 def test_what_the_worker_cannot_do_is_an_error_here(monkeypatch, tiny):
     """The process is real; there is no such job in it."""
-    monkeypatch.setattr(worker, "check_compiler", lambda topology: None)
+    monkeypatch.setattr(asking, "check_compiler", lambda topology: None)
     request = make_request(OPTConfig(**TINY), "v5e:2x2", batch=8, length=128)
     with pytest.raises((ValueError, ImportError, RuntimeError)) as error:
-        worker.ask(request.config, request.topology, job="nothing", mesh=request.mesh, rules=request.rules, options={})
+        asking.ask(request.config, request.topology, job="nothing", mesh=request.mesh, rules=request.rules, options={})
     assert "nothing" in str(error.value) or "plan-tpu" in str(error.value)
 
 

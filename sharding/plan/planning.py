@@ -13,11 +13,11 @@ from optjax.sharding.mesh import format_mesh
 from optjax.sharding.rules import Rules
 
 from .analytic import Work
+from .asking import ask
 from .compiling import Compiled, from_json, to_json
 from .hardware import Topology
 from .request import Request, make_request
 from .roofline import Roofline, roofline
-from .worker import ask
 
 
 @dataclass(frozen=True)

@@ -104,19 +104,19 @@ def combinations(size: str | OPTConfig, topology: Topology, job: str, **options:
 def promising(requests: list[Request]) -> list[Request]:
     """Those whose analytic minimum is within the memory: what probably fits first, of it the fastest first."""
     capacity = requests[0].topology.chip.capacity
-    hopeful = [each for each in requests if _least(each) <= capacity]
+    hopeful = [each for each in requests if least(each) <= capacity]
     return sorted(hopeful, key=lambda each: (memory(each) > capacity, estimate(each), memory(each)))
 
 
 def _meshes(topology: Topology, rules: Any, job: str) -> Iterator[dict[str, int]]:
-    """All devices over the data; or, for the other rule sets, over tensor as far as it pays and the rest over fsdp (to
-    train) or over copies (to generate)."""
+    """All devices over the data; or, for the other rule sets, over tensor as far as it pays and the rest over fsdp; to
+    generate, over copies too, that gather no weights for a token."""
     if rules == "data":
         yield dict.fromkeys(AXES, 1) | {"data": topology.devices}
         return
     per_slice = topology.devices // topology.slices
     most = topology.chip.devices_per_host if topology.chip.platform == "gpu" else min(MOST_TENSOR, per_slice)
-    for mesh in meshes(per_slice, ("fsdp", "tensor") if job == "train" else ("data", "tensor")):
+    for mesh in meshes(per_slice, ("fsdp", "tensor") if job == "train" else ("data", "fsdp", "tensor")):
         if mesh["tensor"] <= most:
             yield mesh | {"data": mesh["data"] * topology.slices}
 
@@ -132,5 +132,6 @@ def _levers(job: str, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {name: value for name, value in levers.items() if name not in given}
 
 
-def _least(request: Request) -> int:
+def least(request: Request) -> int:
+    """The analytic minimum of a device's bytes."""
     return max(work.least_memory for work in request.works().values())
