@@ -1,5 +1,6 @@
 """The notebooks: paired with their text, pinned to the versions that are tested, and running from top to bottom."""
 
+import importlib.util
 import json
 import os
 import re
@@ -59,6 +60,18 @@ def execute(notebook: Path, folder: Path) -> list[dict]:
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(done.read_text(encoding="utf-8"))["cells"]
+
+
+def test_plan_and_shard_runs(tmp_path):
+    """Without the TPU compiler the plans are left out; what is spread over devices is not."""
+    cells = execute(COLAB / "plan_and_shard.ipynb", tmp_path)
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    compiled = importlib.util.find_spec("libtpu") is not None
+    assert len(pictures) == 2 + compiled and said.count("left out:") == 1 - compiled
+    assert "8 devices of cpu" in said and "the same on one device: True" in said
 
 
 def test_generate_runs(tmp_path):
