@@ -73,8 +73,15 @@ def _entry(params: Params, weight: Weight, layer: int | None, name: str, transpo
 
 
 def to_host(array: Any) -> np.ndarray:
-    """The values of an array. A jax array keeps the host's copy it is asked for, so a passing twin is asked instead."""
+    """The values of an array. A jax array keeps the host's copy it is asked for, so a passing twin is asked instead.
+
+    Of an array that lies in several processes too, if all of them ask.
+    """
     if isinstance(array, jax.Array):
+        if not array.is_fully_addressable:
+            from jax.experimental import multihost_utils
+
+            return np.asarray(multihost_utils.process_allgather(array, tiled=True))
         parts = [shard.data for shard in array.addressable_shards]
         array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
     return np.asarray(array)

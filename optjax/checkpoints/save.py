@@ -49,6 +49,9 @@ def save_params(
     others. Tensors go to the files one at a time. Files appear under their names only once all of them are complete, so
     that a failure leaves the folder's earlier checkpoint as it was. Weights of the other format in the folder stay.
 
+    Params that are spread over several processes are saved by all of them together; the first one writes the files,
+    and nobody returns before they are there.
+
     Args:
       params: from `init_params`, `load_params` or training, any head.
       folder: made if need be.
@@ -72,6 +75,20 @@ def save_params(
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a checkpoint is written to a folder")
+    together = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves)
+    if together and jax.process_index() > 0:
+        with open(os.devnull, "wb") as nowhere:
+            for entries in shards:
+                write(nowhere, entries)  # the first process needs this one's parts of each tensor
+    else:
+        _write_folder(params, folder, name, shards, write)
+    if together:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"saved {folder.name}")
+
+
+def _write_folder(params: Params, folder: Path, name: str, shards: list[list[Entry]], write: Callable) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
