@@ -16,13 +16,15 @@ assert all(top == "optjax" or top.endswith(".dist-info") for top in tops), (
 )
 for expected in ("optjax/py.typed", "optjax/sharding/__init__.py", "optjax/train/__init__.py"):
     assert expected in names, f"{expected} is not in the wheel"
+assert "optjax/sharding/plan/gpus/h100.txtpb" in names, "the wheel lacks what the GPU compiler is told of a GPU"
 for file in ("config.json", "model.safetensors", "tokenizer.json"):
     assert f"optjax/assets/opt-mini/{file}" in names, f"opt-mini's {file} is not in the wheel"
 with tarfile.open(sdist) as archive:
     assert any(name.endswith("/sharding/__init__.py") for name in archive.getnames()), "the sdist lacks sharding/"
 
 environment = Path(sys.prefix).resolve()
-for name in ("optjax", "optjax.checkpoints", "optjax.cli", "optjax.generation", "optjax.sharding", "optjax.train"):
+packages = ("optjax", "optjax.checkpoints", "optjax.cli", "optjax.generation", "optjax.sharding", "optjax.train")
+for name in (*packages, "optjax.sharding.plan"):
     file = import_module(name).__file__
     assert file and environment in Path(file).resolve().parents, f"{name} was imported from {file}, not from the wheel"
 for name in ("sharding", "train", "tests"):

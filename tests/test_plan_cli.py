@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -248,6 +249,32 @@ def test_a_plan_is_what_the_tpu_compiler_says(job: str):
         lines = made.steps["decode step"].compiled.traffic
         # Two a layer, and one where the embedding, split over the vocabulary, is looked up.
         assert [(line.kind, line.axes, line.count) for line in lines] == [("all-reduce", ("tensor",), 5)]
+
+
+BAD_JOB = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from optjax.sharding.plan.program import Program
+
+def programs(config, placement):
+    def lies(*spec):
+        return NamedSharding(placement.mesh, P(*spec))
+    x = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=lies(None, ("data", "fsdp", "tensor")))
+    step = jax.jit(lambda x: jax.lax.with_sharding_constraint(jnp.sin(x), lies("tensor", None)))
+    return [Program("step", step, (x,), {"x": x})]
+"""
+
+
+@needs_libtpu
+def test_arrays_that_are_gathered_whole_are_told(tmp_path, monkeypatch):
+    (tmp_path / "bad_job.py").write_text(BAD_JOB)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    config = OPTConfig(**TINY)
+    request = make_request(config, "v5e:2x4", batch=8, length=128, mesh="data=2,fsdp=2,tensor=2")
+    [step], gathered = asking.ask(
+        config, request.topology, job="bad_job:programs", mesh=request.mesh, rules=request.rules, options={}
+    )
+    assert gathered == 1 and step.groups["x"] == 16 * 16 * 4 // 8
 
 
 @needs_libtpu
