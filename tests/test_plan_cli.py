@@ -88,7 +88,17 @@ def test_a_training_plan(optjax_plan, compiler):
     assert re.search(r"all-gather +fsdp +192 +96 +0\.2 GiB +10\.0 GiB +250 ms", answer.out)
     [asked] = compiler.asked
     assert asked["mesh"] == {"data": 1, "fsdp": 32, "sequence": 1, "tensor": 4}
-    assert asked["options"]["micro_batches"] == 32 and asked["options"]["batch"] == 1024
+    assert asked["options"]["batch"] == 1024 and 1024 % asked["options"]["micro_batches"] == 0
+
+
+def test_micro_batches_are_as_few_as_probably_fit():
+    """On a slice that is twice as large they are fewer; where the state alone fills it, a device has one row."""
+    shape = {"mesh": "fsdp=-1,tensor=4", "batch": 1024}
+    few, more, most = (make_request("opt-175b", f"v5p:{s}", **shape) for s in ("4x4x8", "4x4x4", "2x4x4"))
+    parts = [each.options["micro_batches"] for each in (few, more, most)]
+    assert parts == sorted(parts) and len(set(parts)) == 3 and parts[-1] == 1024 // 8
+    # What is kept without rematerialization is much more.
+    assert make_request("opt-1.3b", "v5e:4x4", remat="none").options["micro_batches"] > 4
 
 
 def test_a_plan_for_generation_that_does_not_fit(optjax_plan, compiler):

@@ -37,7 +37,10 @@ def memory(request: Request) -> float:
     own = analytic.fit(splits, "batch", rows)
     d, f = config.hidden_size, config.ffn_dim
     values = tokens / own * (4 * d + 4 * d / splits.shards("heads") + 2 * f / splits.shards("mlp")) * width
-    scores = 2 * 4 * rows / own * config.num_attention_heads / splits.shards("heads") * block * keys
+    heads = rows / own * config.num_attention_heads / splits.shards("heads")
+    scores = 8 * heads * block * keys
+    if o.get("remat") == "none":
+        scores += 6 * config.num_hidden_layers * heads * keys * keys  # in float32 and as they are multiplied
     return least + layer + values + scores + _ASIDE
 
 

@@ -19,6 +19,8 @@ from .analytic import Work
 from .hardware import Topology, parse_topology
 
 JOBS = ("train", "generate")
+# Of the memory, what micro-batches may fill by estimate, which is off by up to a tenth.
+MARGIN = 0.8
 # Batches in tokens that the sizes were trained with (Zhang et al. 2022, table 1), by parameters of the hidden size.
 _PAPER_TOKENS = {768: 2**19, 1024: 2**19, 2048: 2**20, 2560: 2**20, 4096: 2**21, 5120: 2**22, 7168: 2**22}
 
@@ -130,11 +132,11 @@ def make_request(
     if wrong:
         raise ValueError(f"{wrong}; {_that_work(request.splits, config, 'causal_lm')}")
     chosen = _checked(config, job, options)
-    if chosen.get("micro_batches") == "auto":
-        chosen["micro_batches"] = _most_micro_batches(request.splits, chosen["batch"])
     request.options.update(chosen)
+    if chosen.get("micro_batches") == "auto":
+        request.options["micro_batches"] = _micro_batches(request)
     if job == "train":
-        _check_batch(request.splits, chosen)
+        _check_batch(request.splits, request.options)
     return request
 
 
@@ -191,9 +193,19 @@ def _checked(config: OPTConfig, job: str, options: Mapping[str, Any]) -> dict[st
     return chosen
 
 
-def _most_micro_batches(splits: Placement, batch: int) -> int:
-    """As many micro-batches as leave one row on every device."""
-    return max(1, batch // splits.shards("batch"))
+def _micro_batches(request: Request) -> int:
+    """The fewest micro-batches that by estimate fit with a margin, as each gathers the weights anew; at most so many
+    that a device has one row."""
+    from .estimate import memory
+
+    batch, capacity = request.options["batch"], request.topology.chip.capacity
+    most = max(1, batch // request.splits.shards("batch"))
+    for parts in range(1, most):
+        if most % parts == 0:
+            request.options["micro_batches"] = parts
+            if memory(request) <= MARGIN * capacity:
+                return parts
+    return most
 
 
 def _check_batch(splits: Placement, options: Mapping[str, Any]) -> None:
