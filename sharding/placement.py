@@ -126,6 +126,9 @@ def _take_backward(dtype, stored, gathered, rows, kept, cotangent):
     index, table = kept
     cotangent = jax.lax.with_sharding_constraint(cotangent.astype(jnp.float32), rows)
     total = jnp.zeros(table.shape, jnp.float32, device=gathered).at[index].add(cotangent)
+    # Each device adds up its own rows, then their sums are shared out; asked for the latter alone, the compiler would
+    # share out the cotangents first.
+    total = jax.lax.with_sharding_constraint(total, gathered)
     return jax.lax.with_sharding_constraint(total.astype(table.dtype), stored), None
 
 

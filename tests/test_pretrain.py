@@ -20,6 +20,7 @@ from optjax.train.data import PackedText, write_packed
 from optjax.train.log import read_log
 from optjax.train.loss import evaluate, next_token_loss
 from optjax.train.optimizer import Recipe, decayed, learning_rate
+from optjax.train.options import PLAIN, StepOptions
 from optjax.train.pretrain import Options, main, pretrain
 from optjax.train.state import init_state, train_step
 
@@ -32,6 +33,7 @@ CONFIG = OPTConfig(
     max_position_embeddings=12,
     dropout=0.0,
 )
+ACCUMULATED = StepOptions(micro_batches=3, remat="full", query_block=4, loss_chunks=2)
 RECIPE = Recipe(peak_lr=1e-2, total_steps=8, warmup_steps=2, decay_from=4, clip_norm=0.5)
 
 
@@ -59,8 +61,8 @@ def weights_by_name(params) -> dict[str, np.ndarray]:
     return {".".join(str(getattr(s, "key", getattr(s, "idx", None))) for s in path): np.array(x) for path, x in leaves}
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_five_steps_equal_torch(stacked):
+@pytest.mark.parametrize("stacked, levers", [(False, PLAIN), (True, PLAIN), (True, ACCUMULATED)])
+def test_five_steps_equal_torch(stacked, levers):
     """Losses, gradient norms and weights of warm-up, plateau and decay, with the gradient clipped."""
     params = init_params(CONFIG, jax.random.key(3))
     model = torch_model(params)
@@ -73,12 +75,12 @@ def test_five_steps_equal_torch(stacked):
         eps=1e-8,
     )
     expected_lr = [0.005, 0.01, 0.01, 0.01, 0.01 * (1 - 0.9 / 4)]
-    state = init_state(stack_layers(params) if stacked else params, RECIPE)
+    state = init_state(stack_layers(params) if stacked else params)
     text = random_text()
     clipped = 0
     for step, lr in enumerate(expected_lr):
-        records = text.batch(7, step, 5)
-        state, metrics = train_step(state, records, RECIPE)
+        records = text.batch(7, step, 6)
+        state, metrics = train_step(state, records, RECIPE, options=levers)
         ids = torch.tensor(records, dtype=torch.long)
         logits = model(ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
@@ -131,12 +133,12 @@ def test_recipe_refuses_nonsense(wrong):
 
 def test_half_precision_weights_are_refused():
     with pytest.raises(ValueError, match="float32.*bfloat16"):
-        init_state(init_params(CONFIG, jax.random.key(0), dtype="bfloat16"), RECIPE)
+        init_state(init_params(CONFIG, jax.random.key(0), dtype="bfloat16"))
 
 
 def test_one_batch_can_be_learned_by_heart():
     recipe = Recipe(peak_lr=1e-2, total_steps=150, warmup_steps=5)
-    state = init_state(init_params(CONFIG, jax.random.key(0)), recipe)
+    state = init_state(init_params(CONFIG, jax.random.key(0)))
     records = random_text().batch(0, 0, 4)
     first = float(next_token_loss(state.params, records))
     for _ in range(150):

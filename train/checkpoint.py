@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from optjax.config import OPTConfig
-from optjax.params import Params, abstract_params
+from optjax.params import Params, unstack_layers
 
-from .optimizer import Recipe
-from .state import TrainState, init_state
+from .state import TrainState, abstract_state
 
 
 class Checkpoints:
@@ -46,17 +46,17 @@ class Checkpoints:
         if step != self.latest:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def restore(self, config: OPTConfig, recipe: Recipe, *, stacked: bool) -> TrainState:
-        """The newest state.
+    def restore(self, target: TrainState) -> TrainState:
+        """The newest state, each array made where the target's shardings say.
+
+        Args:
+          target: of `abstract_state`; its mesh, rules and dtypes need not be those that the state was saved with.
 
         Raises:
           FileNotFoundError: there is no checkpoint.
         """
         if self.latest is None:
             raise FileNotFoundError(f"no checkpoint in {self.folder / 'checkpoints'}")
-        abstract = jax.eval_shape(lambda params: init_state(params, recipe), abstract_params(config, stacked=stacked))
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
         restored: Any = self._manager.restore(self.latest, args=ocp.args.StandardRestore(target))
         return restored
 
@@ -76,8 +76,11 @@ def remember_run(folder: str | Path, about: dict[str, Any]) -> None:
             changes = "; ".join(f"{k} was {before.get(k)!r}, is {about.get(k)!r}" for k in differ)
             raise ValueError(f"{folder} holds another run ({changes}); take another folder, or the same options")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about, indent=2) + "\n")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all have looked for run.json")
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(about, indent=2) + "\n")
 
 
 def load_run(folder: str | Path) -> Params:
@@ -86,13 +89,10 @@ def load_run(folder: str | Path) -> Params:
     Raises:
       FileNotFoundError: there is no run, or it has no checkpoint yet.
     """
-    from optjax.params import unstack_layers
-
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected the folder of a run of optjax.train.pretrain")
     about = json.loads(path.read_text())
     with Checkpoints(folder) as checkpoints:
-        recipe = Recipe(peak_lr=1.0, total_steps=1, warmup_steps=0)  # the state's shape does not depend on it
-        state = checkpoints.restore(OPTConfig.from_dict(about["config"]), recipe, stacked=about["stacked"])
+        state = checkpoints.restore(abstract_state(OPTConfig.from_dict(about["config"]), stacked=about["stacked"]))
     return unstack_layers(state.params)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import jax
 
 
 class Log:
     """The log of one run, from step `first` to step `last`. Use as a context manager.
 
     A run that resumes from a checkpoint does some steps again; what the log says of steps after `first` is dropped.
+    Of several processes only the first writes.
     """
 
     def __init__(self, folder: str | Path, first: int, last: int, quiet: bool = False):
         self.path = Path(folder) / "log.jsonl"
+        self._progress, self._quiet = None, quiet or jax.process_index() > 0
+        if jax.process_index() > 0:
+            self._file = open(os.devnull, "w", encoding="utf-8")
+            return
         kept = [entry for entry in read_log(folder) if entry["step"] <= first]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = open(self.path, "a", encoding="utf-8")
-        self._progress = None
         if not quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,7 +37,6 @@ class Log:
                 more = (TextColumn("{task.fields[line]}"), TimeElapsedColumn(), "left", TimeRemainingColumn())
                 self._progress = Progress(*columns, *more, console=self._console)
                 self._task = self._progress.add_task("step", total=last, completed=first, line="compiling")
-        self._quiet = quiet
 
     def __enter__(self) -> Log:
         if self._progress is not None:

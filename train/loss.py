@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.heads import causal_lm, cross_entropy
+from optjax.heads import IGNORE_INDEX, causal_lm, cross_entropy
 from optjax.params import Params
 
+from .backward import batch_loss
 from .data import PackedText
+from .options import PLAIN, StepOptions
+from .placing import place_records
 
 
 def next_token_loss(params: Params, records: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -20,10 +24,19 @@ def next_token_loss(params: Params, records: jax.Array, dropout_key: jax.Array |
     return cross_entropy(logits, records[:, 1:])
 
 
-_evaluate = jax.jit(next_token_loss)
+@partial(jax.jit, static_argnums=2)
+def _evaluate(params: Params, records: jax.Array, options: StepOptions) -> jax.Array:
+    scale = 1.0 / jnp.maximum((records[:, 1:] != IGNORE_INDEX).sum(), 1).astype(jnp.float32)
+    return batch_loss(params, records, scale, None, options)
 
 
-def evaluate(params: Params, text: PackedText, batch_size: int, max_batches: int | None = None) -> dict[str, float]:
+def evaluate(
+    params: Params,
+    text: PackedText,
+    batch_size: int,
+    max_batches: int | None = None,
+    options: StepOptions = PLAIN,
+) -> dict[str, float]:
     """The loss on the first records of a text, in their order, without dropout.
 
     Returns:
@@ -33,9 +46,9 @@ def evaluate(params: Params, text: PackedText, batch_size: int, max_batches: int
     batch_size = min(batch_size, text.records)
     batches = text.records // batch_size
     batches = batches if max_batches is None else min(batches, max_batches)
-    losses = [
-        float(_evaluate(params, jnp.asarray(text.take(range(i * batch_size, (i + 1) * batch_size)))))
-        for i in range(batches)
-    ]
+    losses = []
+    for i in range(batches):
+        records = place_records(text.take(range(i * batch_size, (i + 1) * batch_size)), params)
+        losses.append(float(_evaluate(params, records, options)))
     loss = float(np.mean(losses))
     return {"loss": loss, "bits_per_byte": loss / math.log(2) / text.bytes_per_token}

@@ -3,8 +3,14 @@
   python -m optjax.train.pack --documents train.jsonl --tokenizer folder --out train.npy
   python -m optjax.train.pretrain --config config.json --data train.npy --run runs/first --steps 2000
 
+Over many devices, the same command started on every host:
+
+  python -m optjax.train.pretrain --config opt-175b --data train.npy --run /shared/run --steps 143000 --stacked \
+    --batch-size 1024 --micro-batches 32 --mesh fsdp=32,tensor=8 --dtype bfloat16 --remat full
+
 Run the same command again to go on where it stopped: after a crash from the last checkpoint, after ctrl-c or SIGTERM
-from the very step. A run that stopped and went on ends in the same bits as one that did not.
+from the very step. A run that stopped and went on ends in the same bits as one that did not. It may go on over another
+mesh.
 """
 
 from __future__ import annotations
@@ -15,28 +21,40 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from optjax.config import OPTConfig
 from optjax.params import init_params
+from optjax.sharding import RULES, initialize, make_mesh
+from optjax.sharding.rules import DEFAULT_RULES
 
 from .checkpoint import Checkpoints, remember_run
 from .data import PackedText
 from .log import Log
 from .loss import evaluate
 from .optimizer import Recipe
-from .state import TrainState, init_state, train_step
+from .options import DTYPES, MEMORIES, PLAIN, REMAT, StepOptions
+from .placing import place_records
+from .state import TrainState, abstract_state, check_batch, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """A run, apart from its model and its recipe. Steps count from the start of the run, over all resumes."""
+    """A run, apart from its model and its recipe. Steps count from the start of the run, over all resumes.
+
+    Without a mesh (`optjax.sharding.parse_mesh`) it takes one device.
+    """
 
     batch_size: int
     seed: int = 0
     stacked: bool = False
+    mesh: str | None = None
+    rules: str | None = None
+    step: StepOptions = PLAIN
     init_scheme: str = "paper"
     stop_at: int | None = None
     save_every: int = 200
@@ -59,13 +77,15 @@ def pretrain(
     SIGTERM and SIGINT end it early, with a checkpoint.
 
     Raises:
-      ValueError: the folder holds another run, or records are longer than the model's positions.
+      ValueError: the folder holds another run, records are longer than the model's positions, or something does not
+        divide over the mesh.
     """
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    spread: dict[str, Any] = {"stacked": options.stacked, "mesh": mesh, "rules": options.rules}
+    target = abstract_state(config, options.step, **spread)
     for each in (text, validation):
-        if each is not None and each.length > config.max_position_embeddings:
-            raise ValueError(
-                f"records of {each.length} tokens, but max_position_embeddings {config.max_position_embeddings}"
-            )
+        if each is not None:
+            check_batch(target.params, options.batch_size, each.length + 1, options.step)
     text.batch(options.seed, 0, options.batch_size)  # too small a text is an error before a folder is made
     about = {"config": config.to_dict(), "seed": options.seed, "stacked": options.stacked, "init": options.init_scheme}
     remember_run(folder, about)
@@ -73,27 +93,29 @@ def pretrain(
     with Checkpoints(folder) as checkpoints:
         if checkpoints.latest is None:
             key = jax.random.key(options.seed)
-            params = init_params(config, key, stacked=options.stacked, scheme=options.init_scheme)
-            state = init_state(params, recipe)
+            state = init_state(init_params(config, key, scheme=options.init_scheme, **spread), options.step)
         else:
-            state = checkpoints.restore(config, recipe, stacked=options.stacked)
+            state = checkpoints.restore(target)
         first = int(state.step)
         with Log(folder, first, last, quiet) as log, _Interrupt() as interrupt:
             waiting: list[dict] = []
             since, tokens = time.perf_counter(), 0
             for step in range(first, last):
                 records = text.batch(options.seed, step, options.batch_size)
-                state, metrics = train_step(state, records, recipe, options.seed)
+                records = place_records(records, state.params)
+                state, metrics = train_step(state, records, recipe, options.seed, options.step)
                 waiting.append(metrics)
                 tokens += options.batch_size * text.length
                 done = step + 1
-                stops = interrupt.received  # read once: a signal may come at any line below
+                logs = done == last or done % options.log_every == 0
+                stops = interrupt.received(agree=logs)  # asked once: a signal may come at any line below
                 ends = done == last or stops
-                if ends or done % options.log_every == 0:
+                if ends or logs:
                     entry = _summary(jax.device_get(waiting)) | {"tokens_per_second": 0.0}
                     entry["tokens_per_second"] = tokens / (time.perf_counter() - since)
                     if validation is not None and (done == last or done % options.eval_every == 0):
-                        found = evaluate(state.params, validation, options.batch_size, options.eval_batches)
+                        size = options.batch_size // options.step.micro_batches
+                        found = evaluate(state.params, validation, size, options.eval_batches, options.step)
                         entry |= {f"validation_{name}": value for name, value in found.items()}
                     log.write({"step": done, "length": text.length, "batch_size": options.batch_size} | entry)
                     waiting, since, tokens = [], time.perf_counter(), 0
@@ -117,7 +139,13 @@ def _summary(metrics: list[dict]) -> dict[str, float]:
 class _Interrupt:
     """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT is a KeyboardInterrupt as usual."""
 
-    received = False
+    _signalled = False
+
+    def received(self, agree: bool) -> bool:
+        """Whether one came. Where there are several processes they stop together, at a step where all `agree`."""
+        if jax.process_count() == 1:
+            return self._signalled
+        return agree and bool(multihost_utils.process_allgather(np.array(self._signalled)).any())
 
     def __enter__(self) -> _Interrupt:
         try:
@@ -127,7 +155,7 @@ class _Interrupt:
         return self
 
     def _note(self, number: int, _frame: object) -> None:
-        self.received = True
+        self._signalled = True
         which = signal.Signals(number)
         if which in self._before:
             signal.signal(which, self._before[which])
@@ -155,6 +183,27 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--stacked", action="store_true", help="scan over stacked layers: compiles faster, for deep models"
     )
+
+    group = parser.add_argument_group("over which devices, and how (all of it may change on resume)")
+    group.add_argument("--mesh", metavar="SPEC", help="such as fsdp=32,tensor=8; -1 is the rest (one device)")
+    group.add_argument(
+        "--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})"
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="to compute in; weights stay float32 (float32)"
+    )
+    group.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, taken one after another (1)")
+    group.add_argument(
+        "--remat",
+        choices=REMAT,
+        default="none",
+        help="kept of each layer for the backward pass: none is recomputed, matrix products are kept (dots), the input "
+        "is (full), or is in the host's memory (offload) (none)",
+    )
+    group.add_argument("--query-block", type=int, help="queries attended at a time; 0: all (512 of 1024 and more)")
+    group.add_argument("--loss-chunks", type=int, help="parts of a row whose logits exist together (by their size)")
+    group.add_argument("--moments-dtype", choices=DTYPES, default="float32", help="of AdamW's state (float32)")
+    group.add_argument("--moments-memory", choices=MEMORIES, default="device", help="where AdamW's state is (device)")
 
     group = parser.add_argument_group("how long")
     group.add_argument("--steps", type=int, required=True, help="steps in all; the learning rate ends its fall there")
@@ -186,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        initialize()
         is_file = Path(args.config).exists()
         config = OPTConfig.from_json(args.config) if is_file else OPTConfig.preset(args.config)
         recipe = Recipe(
@@ -203,6 +253,17 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             seed=args.seed,
             stacked=args.stacked,
+            mesh=args.mesh,
+            rules=args.rules,
+            step=StepOptions(
+                dtype=args.dtype,
+                micro_batches=args.micro_batches,
+                remat=args.remat,
+                query_block=args.query_block,
+                loss_chunks=args.loss_chunks,
+                moments_dtype=args.moments_dtype,
+                moments_memory=args.moments_memory,
+            ),
             init_scheme=args.init,
             stop_at=args.stop_at,
             save_every=args.save_every,

@@ -8,53 +8,123 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from optjax.params import Params
+from optjax.config import OPTConfig
+from optjax.params import Params, abstract_params
 
-from .loss import next_token_loss
-from .optimizer import Recipe, learning_rate, optimizer
+from .backward import loss_and_gradients
+from .optimizer import Moments, Recipe, init_moments, learning_rate, update
+from .options import PLAIN, StepOptions
+from .placing import place, shardings
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "moments", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """A pytree: weights, the optimizer's moments, and the number of finished steps (int32 scalar)."""
 
     params: Params
-    opt_state: Any
+    moments: Moments
     step: jax.Array
 
 
-def init_state(params: Params, recipe: Recipe) -> TrainState:
-    """A state before its first step. The params are float32: AdamW's small updates vanish in 16 bits.
+def init_state(params: Params, options: StepOptions = PLAIN) -> TrainState:
+    """A state before its first step; moments lie where their weights do.
 
     Raises:
-      ValueError: the params are of another dtype.
+      ValueError: the params are not float32, in which small updates do not vanish.
     """
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if dtypes != {"float32"}:
         raise ValueError(f"training keeps its weights in float32, these are {', '.join(sorted(dtypes))}")
-    tree: Any = params  # optax takes any pytree; its annotations name only some
-    return TrainState(params, optimizer(recipe, params).init(tree), jnp.zeros((), jnp.int32))
+    step = jnp.zeros((), jnp.int32, device=None if params.placement is None else _everywhere(params))
+    return TrainState(params, init_moments(params, options), step)
 
 
-@partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
-def train_step(state: TrainState, records: jax.Array, recipe: Recipe, seed: int = 0):
-    """One update on records `[B, T + 1]`. The old state's buffers are given up to the new one.
+def abstract_state(
+    config: OPTConfig,
+    options: StepOptions = PLAIN,
+    *,
+    stacked: bool = False,
+    head: str | None = "causal_lm",
+    mesh: Any = None,
+    rules: Any = None,
+) -> TrainState:
+    """The state as ``jax.ShapeDtypeStruct`` with shardings: for ahead-of-time compilation, restoring and planning.
 
-    `seed` matters where the config has dropout: a step's mask is a function of seed and step.
+    Raises:
+      ValueError: as `abstract_params`.
+    """
+    params = abstract_params(config, head=head, stacked=stacked, mesh=mesh, rules=rules)
+
+    def like(dtype: str, memory: str) -> Params:
+        return jax.tree.map(
+            lambda w, sharding: jax.ShapeDtypeStruct(w.shape, dtype, sharding=sharding),
+            params,
+            shardings(params, memory),
+        )
+
+    first, second = (like(options.moments_dtype, options.moments_memory) for _ in range(2))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=_everywhere(params))
+    return TrainState(like("float32", "device"), Moments(first, second), step)
+
+
+def _everywhere(params: Params) -> Any:
+    """The sharding of a scalar."""
+    if params.placement is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(params.placement.mesh, PartitionSpec())
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
+def train_step(
+    state: TrainState, records: jax.Array, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update on records `[B, T + 1]`: T inputs and, one further on, T labels. The old state's buffers are given up
+    to the new one.
+
+    `seed` matters where the config has dropout: a step's masks are a function of seed and step, and of
+    `options.micro_batches`.
 
     Returns:
       The new state, and float32 scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping)
       and `lr`.
+
+    Raises:
+      ValueError: the batch does not divide into micro-batches and over the devices, or records into their parts.
     """
-    config = state.params.config
+    params = state.params
+    check_batch(params, records.shape[0], records.shape[1], options)
+    config = params.config
     random = config.dropout > 0 or config.attention_dropout > 0 or config.layerdrop > 0
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
-    loss, grads = jax.value_and_grad(next_token_loss)(state.params, records, key)
-    tree: Any = state.params
-    updates, opt_state = optimizer(recipe, state.params).update(grads, state.opt_state, tree)
-    params: Any = optax.apply_updates(tree, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": learning_rate(recipe, state.step)}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    loss, gradients = loss_and_gradients(params, records, key, options)
+    params, moments, norm = update(recipe, params, place(gradients), state.moments, state.step)
+    metrics = {"loss": loss, "grad_norm": norm, "lr": learning_rate(recipe, state.step)}
+    return TrainState(params, moments, state.step + 1), metrics
+
+
+def check_batch(params: Params, rows: int, tokens: int, options: StepOptions) -> None:
+    """Whether records ``[rows, tokens]`` can be shared out.
+
+    Raises:
+      ValueError: they cannot; the message has the numbers.
+    """
+    length, longest = tokens - 1, params.config.max_position_embeddings
+    if not 1 <= length <= longest:
+        raise ValueError(f"records of {length} tokens, but max_position_embeddings {longest}")
+    parts = 1 if params.placement is None else params.placement.shards("batch")
+    if rows % (options.micro_batches * parts):
+        raise ValueError(
+            f"a batch of {rows} records does not divide into {options.micro_batches} micro-batches over {parts} groups "
+            f"of devices; it should be a multiple of {options.micro_batches * parts}"
+        )
+    for axis in ("length", "residual_length"):
+        shares = 1 if params.placement is None else params.placement.shards(axis)
+        if length % shares:
+            raise ValueError(
+                f"records of {length} tokens do not divide over {shares} devices, as the rule for {axis!r} asks; take "
+                "another length, or None for it in the rules"
+            )
+    options.block_of_queries(length)

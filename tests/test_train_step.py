@@ -1,0 +1,268 @@
+"""A train step over eight devices, with every lever, is the plain one on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optjax
+from optjax import OPTConfig, init_params
+from optjax.sharding import RULES, make_mesh
+from optjax.train.backward import loss_and_gradients
+from optjax.train.checkpoint import Checkpoints
+from optjax.train.data import PackedText
+from optjax.train.loss import evaluate, next_token_loss
+from optjax.train.optimizer import Moments, Recipe, _round, decayed, learning_rate
+from optjax.train.options import StepOptions
+from optjax.train.placing import place_records
+from optjax.train.state import abstract_state, init_state, train_step
+
+CONFIG = OPTConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    ffn_dim=48,
+    max_position_embeddings=20,
+    dropout=0.0,
+    init_std=0.2,
+)
+ARCHITECTURES = {
+    "plain": {},
+    "post-norm, projections": dict(do_layer_norm_before=False, word_embed_proj_dim=16, activation_function="gelu"),
+    "no biases, no norm weights": dict(enable_bias=False, layer_norm_elementwise_affine=False),
+    "untied, no final norm": dict(tie_word_embeddings=False, _remove_final_layer_norm=True),
+}
+# Every axis that a rule set uses has more than one device.
+SPREADS = {
+    "data": "data=2,fsdp=2,tensor=2",
+    "fsdp": "data=2,fsdp=2,sequence=2",
+    "tensor": "fsdp=2,tensor=4",
+    "fsdp+tensor": "fsdp=4,tensor=2",
+    "fsdp+tensor+sequence": "fsdp=2,sequence=2,tensor=2",
+}
+# An eps so large that the update of a weight whose gradient is rounding error is small, as it should be.
+RECIPE = Recipe(peak_lr=1e-2, total_steps=8, warmup_steps=2, eps=1e-2, clip_norm=0.5)
+LEVERS = StepOptions(micro_batches=2, remat="full", query_block=8, loss_chunks=2)
+B, T, SEED = 16, 16, 5
+RECORDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (B, T + 1)).astype(np.int32)
+DROPOUT = dict(dropout=0.1, attention_dropout=0.2, layerdrop=0.2)
+
+_ours = jax.jit(loss_and_gradients, static_argnums=3)
+_plain = jax.jit(jax.value_and_grad(next_token_loss))
+
+
+def made(rules: str | None, config: OPTConfig = CONFIG, stacked: bool = True):
+    spread = {} if rules is None else {"mesh": make_mesh(SPREADS[rules], jax.devices()[:8]), "rules": rules}
+    return init_params(config, jax.random.key(0), stacked=stacked, **spread)
+
+
+def plain(params, micro_batches: int, step: int = 0):
+    """Loss and gradients by `jax.grad` of the model as it is, one micro-batch after the other; and their key."""
+    drops = params.config.dropout > 0
+    key = jax.random.fold_in(jax.random.key(SEED), step) if drops else None
+    each = [
+        _plain(params, RECORDS[m::micro_batches], jax.random.fold_in(key, m) if drops else None)
+        for m in range(micro_batches)
+    ]
+    loss, gradients = jax.tree.map(lambda *parts: sum(parts) / micro_batches, *each)
+    return loss, gradients, key
+
+
+def close(ours, theirs, tolerance=1e-5):
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    for (path, one), other in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert one.shape == other.shape and one.dtype == other.dtype
+        # A gradient that is zero but for rounding (that of k_proj's bias) is measured by the others.
+        scale = max(np.abs(other).max(), 1e-2 * largest)
+        assert np.abs(one - other).max() <= tolerance * scale, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_step_over_devices(rules):
+    """Loss, gradients and two updates by optax's AdamW on one device; and every array of the state in its place."""
+    config = CONFIG.replace(**DROPOUT) if rules == "fsdp+tensor+sequence" else CONFIG
+    params = made(None, config)
+    adamw = optax.chain(
+        optax.clip_by_global_norm(RECIPE.clip_norm),
+        optax.adamw(
+            partial(learning_rate, RECIPE),
+            RECIPE.beta1,
+            RECIPE.beta2,
+            RECIPE.eps,
+            weight_decay=RECIPE.weight_decay,
+            mask=decayed(config, stacked=True),
+        ),
+    )
+    theirs, state = adamw.init(params), init_state(made(rules, config))
+    wanted = abstract_state(config, stacked=True, mesh=state.params.placement.mesh, rules=rules)
+    for step in range(2):
+        assert jax.tree.structure(state) == jax.tree.structure(wanted)
+        for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+            assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype)
+            assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+        loss, gradients, _ = plain(params, 2, step)
+        norm = optax.tree.norm(gradients)
+        updates, theirs = adamw.update(gradients, theirs, params)
+        params = optax.apply_updates(params, updates)
+        state, metrics = train_step(state, place_records(RECORDS, state.params), RECIPE, SEED, LEVERS)
+        np.testing.assert_allclose(float(metrics["loss"]), float(loss), rtol=1e-5)
+        np.testing.assert_allclose(float(metrics["grad_norm"]), float(norm), rtol=1e-5)
+        if step == 0:
+            scale = np.float32((1 - RECIPE.beta1) * min(1.0, RECIPE.clip_norm / float(norm)))
+            close(state.moments.first, jax.tree.map(partial(jnp.multiply, scale), gradients))
+    close(state.params, params)
+    assert int(state.step) == 2
+    for moment in (state.moments.first, state.moments.second):
+        for leaf, weight in zip(jax.tree.leaves(moment), jax.tree.leaves(state.params), strict=True):
+            shards = weight.nbytes // weight.addressable_shards[0].data.nbytes
+            assert {shard.data.nbytes * shards for shard in leaf.addressable_shards} == {leaf.nbytes}
+    fc1 = state.moments.second["layers"]["fc1"]["weight"]
+    assert (fc1.addressable_shards[0].data.nbytes < fc1.nbytes) == (rules != "data")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_of_architectures_over_devices(name):
+    config = CONFIG.replace(**ARCHITECTURES[name])
+    expected, gradients, _ = plain(made(None, config), 2)
+    found, ours = _ours(made("fsdp+tensor+sequence", config), RECORDS, None, LEVERS)
+    assert abs(float(found) - float(expected)) <= 1e-5 * float(expected)
+    close(ours, gradients)
+
+
+@pytest.mark.parametrize(
+    "levers, stacked",
+    [
+        (StepOptions(), True),
+        (StepOptions(micro_batches=4, remat="dots", query_block=4), True),
+        (StepOptions(micro_batches=2, remat="none", query_block=8, loss_chunks=16), True),
+        (StepOptions(micro_batches=2, remat="full", query_block=8, loss_chunks=8), False),
+    ],
+    ids=lambda value: value.remat if isinstance(value, StepOptions) else "stacked" if value else "list",
+)
+def test_levers_change_no_number(levers, stacked):
+    """Not even which activations are dropped."""
+    params = made(None, CONFIG.replace(**DROPOUT), stacked)
+    expected, gradients, key = plain(params, levers.micro_batches)
+    found, ours = _ours(params, RECORDS, key, levers)
+    assert abs(float(found) - float(expected)) <= 1e-5 * float(expected)
+    close(ours, gradients)
+
+
+def test_layers_in_a_list_over_devices():
+    expected, gradients, _ = plain(made(None, stacked=False), 2)
+    found, ours = _ours(made("fsdp+tensor+sequence", stacked=False), RECORDS, None, LEVERS)
+    assert abs(float(found) - float(expected)) <= 1e-5 * float(expected)
+    close(ours, gradients)
+
+
+def test_labels_that_are_ignored_do_not_count():
+    """However unevenly they lie in the micro-batches: records of even rows end early."""
+    params, records = made(None), RECORDS.copy()
+    records[::2, 9:] = -100
+    found, _ = _ours(params, records, None, LEVERS)
+    logits = np.asarray(optjax.causal_lm(params, RECORDS[:, :-1]).logits)
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), RECORDS[:, 1:, None], -1)[..., 0]
+    assert float(found) == pytest.approx(nll[records[:, 1:] >= 0].mean(), rel=1e-5)
+
+
+def test_a_checkpoint_moves_to_another_mesh_bit_for_bit(tmp_path):
+    params = made("fsdp+tensor")
+    moments = Moments(*(jax.tree.map(lambda w, n=n: w * n + 1, params) for n in (2, 3)))
+    state = dataclasses.replace(init_state(params), moments=moments, step=jnp.int32(7))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        for rules in ("fsdp+tensor+sequence", "data", None):
+            spread = {} if rules is None else {"mesh": make_mesh(SPREADS[rules], jax.devices()[:8]), "rules": rules}
+            target = abstract_state(CONFIG, stacked=True, **spread)
+            restored = checkpoints.restore(target)
+            assert jax.tree.structure(restored) == jax.tree.structure(target)
+            for leaf, want, before in zip(*map(jax.tree.leaves, (restored, target, state)), strict=True):
+                np.testing.assert_array_equal(leaf, before)
+                assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+
+
+def test_no_logits_of_all_tokens():
+    """In the compiled program there is no array of B·T·V numbers, nor one of a micro-batch's B·H·T·T scores."""
+    config = CONFIG.replace(vocab_size=67)  # a number that nothing else is a multiple of
+    rows = B // LEVERS.micro_batches
+    text = train_step.lower(init_state(made(None, config)), RECORDS, RECIPE, 0, LEVERS).compile().as_text()
+    shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    logits = {int(np.prod(shape)) // 67 for shape in shapes if any(n % 67 == 0 for n in shape)}
+    assert rows * T // LEVERS.loss_chunks in logits, "no chunk of logits was found"
+    assert max(logits) < rows * T
+    assert not any(shape[-2:] == [T, T] for shape in shapes)
+
+
+def test_a_state_on_one_device_is_one_program():
+    state = init_state(made(None))
+    programs = train_step._cache_size()
+    for _ in range(3):
+        state, _ = train_step(state, RECORDS, RECIPE)
+    assert train_step._cache_size() == programs + 1
+
+
+def test_evaluation_over_devices():
+    text = PackedText(RECORDS.reshape(-1).astype(np.uint16), 16, 1.0)
+    alone = evaluate(made(None), text, 4)
+    assert evaluate(made("fsdp+tensor+sequence"), text, 4, options=LEVERS)["loss"] == pytest.approx(alone["loss"], 1e-5)
+
+
+def test_bfloat16_is_near():
+    """Computed in bfloat16 over float32 weights, the loss is that of float32 to three digits, and it falls."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        options = StepOptions(dtype=dtype, micro_batches=2, remat="full", moments_dtype=dtype)
+        state = init_state(made("fsdp+tensor+sequence"), options)
+        assert state.moments.second["layers"]["fc1"]["weight"].dtype == dtype
+        losses[dtype] = []
+        for _ in range(8):
+            state, metrics = train_step(state, RECORDS, RECIPE, 0, options)
+            losses[dtype].append(float(metrics["loss"]))
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=1e-2)
+    assert losses["bfloat16"][-1] < losses["bfloat16"][0] - 0.1
+
+
+def test_rounding_is_right_on_average():
+    x = jnp.float32(1.0 + 2**-9)  # a quarter of the way from 1 to the next bfloat16
+    for sign in (1, -1):
+        many = _round(jnp.full(40000, sign * x), jax.random.bits(jax.random.key(0), (40000,), jnp.uint32) & 0xFFFF)
+        many = np.asarray(many, np.float32) * sign
+        assert set(many) == {1.0, 1.0078125}
+        assert abs(np.mean(many > 1) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 40000)
+    exact = jnp.array([0.0, 1.5, -3e-20, 1e20], jnp.bfloat16)
+    np.testing.assert_array_equal(_round(exact.astype(jnp.float32), jnp.full(4, 0xFFFF, jnp.uint32)), exact)
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, changes, message",
+    [
+        (6, 17, {}, "a batch of 6 records .* 2 micro-batches over 2 groups .* multiple of 4"),
+        (16, 16, {}, "records of 15 tokens do not divide over"),
+        (16, 17, {"query_block": 5}, "query_block 5 does not divide records of 16"),
+        (16, 17, {"loss_chunks": 3}, "loss_chunks 3 does not divide the 8 tokens"),
+        (16, 23, {}, "records of 22 tokens, but max_position_embeddings 20"),
+    ],
+)
+def test_what_does_not_divide_is_said(rows, tokens, changes, message):
+    options = StepOptions(**({"micro_batches": 2} | changes))
+    state = init_state(made("fsdp+tensor+sequence"), options)
+    with pytest.raises(ValueError, match=message):
+        train_step(state, np.zeros((rows, tokens), np.int32), RECIPE, 0, options)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "float16"}, {"remat": "half"}, {"micro_batches": 0}, {"moments_memory": "disk"}]
+)
+def test_options_refuse_nonsense(wrong):
+    with pytest.raises(ValueError, match="should be"):
+        StepOptions(**wrong)

@@ -1,0 +1,115 @@
+"""Cross-entropy of the language model's head that never holds the logits of all tokens, forward or backward."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optjax.declaration import logical_axes
+from optjax.heads import IGNORE_INDEX
+from optjax.params import Params
+from optjax.placed import constrain, gather
+
+from .options import StepOptions
+
+
+def summed_loss(params: Params, x: jax.Array, labels: jax.Array, scale: jax.Array, options: StepOptions) -> jax.Array:
+    """The sum over all tokens of their negative log-likelihoods, times ``scale``: a float32 scalar.
+
+    Differentiable in the params and x, not in scale. The gradient is made together with the loss, chunk by chunk; that
+    of the head's table is summed in float32.
+
+    Args:
+      x: last hidden states ``[B, T, E]``, in the dtype to compute in.
+      labels: ``[B, T]``; -100 is left out.
+
+    Raises:
+      ValueError: T does not divide into ``options.loss_chunks``.
+    """
+    config, placement = params.config, params.placement
+    name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    rows, length, vocab = x.shape[0], x.shape[1], config.vocab_size
+    if placement is not None:
+        # Chunks are interleaved (every n-th token), so that a device that has a part of a row has its part of each.
+        length //= placement.shards("length")
+        rows, vocab = rows / placement.shards("batch"), vocab / placement.shards("vocab")
+    chunks = options.chunks_of_loss(length, 4 * rows * vocab)
+    axes = logical_axes(config, params.head)[name]["weight"]
+    labels = constrain(placement, labels, "batch", "length")
+    return _summed_loss(params[name]["weight"], x, labels, scale, placement, axes, chunks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _summed_loss(table, x, labels, scale, placement: Any, axes, chunks: int) -> jax.Array:
+    used = _as_used(table, x.dtype, placement, axes)
+
+    def add(total, part):
+        nll, _, _ = _chunk(used, part[0], part[1], placement)
+        return total + nll, jnp.zeros(())
+
+    total, _ = _over_chunks(add, jnp.zeros((), jnp.float32), x, labels, chunks)
+    return total * scale
+
+
+def _with_gradients(table, x, labels, scale, placement, axes, chunks):
+    used = _as_used(table, x.dtype, placement, axes)
+
+    def add(carry, part):
+        total, d_table = carry
+        nll, d_logits, x = _chunk(used, part[0], part[1], placement)
+        d_logits = (d_logits * scale).astype(x.dtype)
+        dx = jnp.einsum("btv,ve->bte", d_logits, used, preferred_element_type=x.dtype)
+        dx = constrain(placement, dx, "batch", "residual_length", None)
+        more = jnp.einsum("btv,bte->ve", d_logits, x, preferred_element_type=jnp.float32)
+        return (total + nll, d_table + _as_stored(more, placement, axes)), dx
+
+    start = jnp.zeros((), jnp.float32), _as_stored(jnp.zeros(table.shape, jnp.float32), placement, axes)
+    (total, d_table), dx = _over_chunks(add, start, x, labels, chunks)
+    b, t, e = x.shape
+    dx = constrain(placement, jnp.moveaxis(dx, 0, 2).reshape(b, t, e), "batch", "residual_length", None)
+    return total * scale, (d_table.astype(table.dtype), dx)
+
+
+def _scaled(placement, axes, chunks, gradients, cotangent):
+    d_table, dx = gradients
+    return d_table * cotangent.astype(d_table.dtype), dx * cotangent.astype(dx.dtype), None, None
+
+
+_summed_loss.defvjp(_with_gradients, _scaled)
+
+
+def _chunk(used, x, labels, placement):
+    """Of some tokens: the sum of their losses, its gradient by their logits ``[B, t, V]`` in float32; x, gathered."""
+    with jax.named_scope("lm_head"):
+        x = constrain(placement, x, "batch", "length", None)
+        logits = jnp.einsum("bte,ve->btv", x, used, preferred_element_type=jnp.float32)
+        logits = constrain(placement, logits, "batch", "length", "vocab")
+        kept = labels != IGNORE_INDEX
+        # Compared rather than looked up: each device compares its own part of the vocabulary.
+        is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.where(is_label, logits, 0.0).sum(-1)
+        nll = jnp.where(kept, norm - picked, 0.0).sum()
+        d_logits = jnp.where(kept[..., None], jnp.exp(logits - norm[..., None]) - is_label, 0.0)
+        return nll, d_logits, x
+
+
+def _over_chunks(add, start, x, labels, chunks: int) -> tuple[Any, jax.Array]:
+    """`jax.lax.scan` over chunks: every n-th token of each row."""
+    b, t, e = x.shape
+    if chunks == 1:
+        carry, out = add(start, (x, labels))
+        return carry, out[None]
+    parts = jnp.moveaxis(x.reshape(b, t // chunks, chunks, e), 2, 0)
+    return jax.lax.scan(add, start, (parts, jnp.moveaxis(labels.reshape(b, t // chunks, chunks), 2, 0)))
+
+
+def _as_used(table, dtype, placement, axes) -> jax.Array:
+    return gather(placement, table.astype(dtype), axes)
+
+
+def _as_stored(table, placement, axes) -> jax.Array:
+    return table if placement is None else jax.lax.with_sharding_constraint(table, placement.sharding(axes))

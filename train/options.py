@@ -1,0 +1,87 @@
+"""How a train step is computed: what it costs in memory and time, and not what it means."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+REMAT = ("none", "dots", "full", "offload")
+DTYPES = ("float32", "bfloat16")
+MEMORIES = ("device", "host")
+
+# Scores of more queries than this at once are not worth their memory.
+QUERY_BLOCK = 512
+# What one chunk's logits may take on a device.
+LOGITS_BYTES = 128 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """Levers of a train step. Frozen and hashable: one value, one compiled program.
+
+    Attributes:
+      dtype: of activations, and of the weights as they are used; the weights that are kept are float32 always.
+      micro_batches: the batch is taken in so many parts, whose gradients are summed in float32 in one copy.
+      remat: what of a layer is kept for the backward pass. ``"none"``: all but gathered weights; ``"dots"``: what
+        matrix products with weights give; ``"full"``: the layer's input; ``"offload"``: that, in the host's memory.
+      query_block: attention goes over so many queries at a time, whose scores are computed again in the backward pass;
+        0 is all at once. By default 512 of records of 1024 tokens and more.
+      loss_chunks: a row's logits are made in so many parts, forward and backward, and never exist in full. By default
+        as many as keep a part below 128 MiB on a device.
+      moments_dtype: of AdamW's moments. bfloat16 is rounded stochastically, so that small changes add up.
+      moments_memory: ``"device"``, or ``"host"`` (pinned), from where each layer's come while it is updated.
+
+    Raises:
+      ValueError: there is no such value.
+    """
+
+    dtype: str = "float32"
+    micro_batches: int = 1
+    remat: str = "none"
+    query_block: int | None = None
+    loss_chunks: int | None = None
+    moments_dtype: str = "float32"
+    moments_memory: str = "device"
+
+    def __post_init__(self):
+        for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("moments_dtype", DTYPES),
+                              ("moments_memory", MEMORIES)):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} should be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name, least in (("micro_batches", 1), ("query_block", 0), ("loss_chunks", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} should be an integer of {least} or more, not {value!r}")
+
+    def block_of_queries(self, length: int) -> int | None:
+        """The queries that attention takes at a time, of rows of this length; None for all.
+
+        Raises:
+          ValueError: the length does not divide into the blocks asked for.
+        """
+        if self.query_block is None:
+            block = QUERY_BLOCK if length >= 2 * QUERY_BLOCK and length % QUERY_BLOCK == 0 else length
+        else:
+            block = self.query_block or length
+        if length % block:
+            raise ValueError(f"query_block {block} does not divide records of {length} tokens")
+        return None if block == length else block
+
+    def chunks_of_loss(self, length: int, bytes_per_token: float) -> int:
+        """The parts that a row's logits are made in, where one token of every row takes so many bytes on a device.
+
+        Args:
+          length: the tokens of a row that a device has.
+
+        Raises:
+          ValueError: the length does not divide into the parts asked for.
+        """
+        if self.loss_chunks is None:
+            most = max(1, math.floor(LOGITS_BYTES / bytes_per_token))
+            return next(n for n in range(1, length + 1) if length % n == 0 and (length // n <= most or n == length))
+        if length % self.loss_chunks:
+            raise ValueError(f"loss_chunks {self.loss_chunks} does not divide the {length} tokens of a device's rows")
+        return self.loss_chunks
+
+
+PLAIN = StepOptions()
