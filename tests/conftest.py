@@ -1,5 +1,6 @@
 """What every test file may ask for."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def _skip_what_is_absent(request: pytest.FixtureRequest) -> None:
 
         if jax.default_backend() not in ("gpu", "tpu"):
             pytest.skip(f"no accelerator: jax's backend is {jax.default_backend()!r}")
+    if request.node.get_closest_marker("tpu_compiler") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no TPU compiler: the libtpu wheel is not installed")
     if request.node.get_closest_marker("real_weights") and "OPTJAX_CHECKPOINTS" not in os.environ:
         pytest.skip("OPTJAX_CHECKPOINTS does not name a folder with Meta's checkpoints")
 

@@ -6,7 +6,6 @@ reads the environment when jax is imported.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -31,10 +30,11 @@ ENVIRONMENT = {
 }
 
 
+pytestmark = pytest.mark.tpu_compiler
+
+
 @pytest.fixture(scope="module")
 def programs() -> dict:
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("no TPU compiler: the libtpu wheel is not installed")
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
@@ -88,25 +88,26 @@ def main() -> None:
     from jax.experimental import topologies
 
     import optjax
-    from optjax import cache as cache_module
     from optjax.generation.decode import _decode_step
     from optjax.generation.loop import run_generate
     from optjax.generation.options import as_settings
+    from optjax.sharding import make_mesh
 
     chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    there = jax.sharding.SingleDeviceSharding(chip)
+    # A mesh of one chip tells the model what it is compiled for.
+    mesh = make_mesh("", [chip])
+    there = jax.NamedSharding(mesh, jax.P())
 
     def place(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
 
     config = optjax.OPTConfig.preset("opt-1.3b", num_hidden_layers=LAYERS)
-    params = place(optjax.abstract_params(config, jnp.bfloat16))
+    params = optjax.abstract_params(config, jnp.bfloat16, mesh=mesh)
     found = {}
     for layout in ("heads", "flat"):
         empty = jax.eval_shape(lambda: optjax.init_cache(config, ROWS, COLUMNS, jnp.bfloat16, layout=layout))  # noqa: B023
         ids = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=there)
         found[layout] = report(_decode_step.lower(params, ids, place(empty)).compile())
-    cache_module.default_layout = lambda: "flat"  # what it is where the default backend is a TPU
     prompt = [jax.ShapeDtypeStruct((ROWS, 64), dtype, sharding=there) for dtype in (jnp.int32, jnp.bool_)]
     settings, number = place(as_settings(config, {})), jax.ShapeDtypeStruct((), jnp.int32, sharding=there)
     loop = run_generate.lower(params, *prompt, settings, None, number, room=COLUMNS - 64).compile()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -24,9 +23,7 @@ TINY: dict[str, Any] = dict(
     vocab_size=512, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, ffn_dim=512, dropout=0.0,
     max_position_embeddings=256, bos_token_id=2,
 )  # fmt: skip
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler: the libtpu wheel is not installed"
-)
+needs_libtpu = pytest.mark.tpu_compiler
 
 
 @pytest.fixture
