@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from optjax import OPTConfig
 from optjax.cli import main
 from optjax.sharding.plan import asking, compiling, planning
 from optjax.sharding.plan.compiling import Compiled, Traffic, memory_asked
+from optjax.sharding.plan.estimate import estimate, memory
 from optjax.sharding.plan.planning import plan
 from optjax.sharding.plan.request import make_request
 
@@ -88,14 +90,15 @@ def test_a_training_plan(optjax_plan, compiler):
     assert asked["options"]["batch"] == 1024 and 1024 % asked["options"]["micro_batches"] == 0
 
 
-def test_micro_batches_are_as_few_as_probably_fit():
-    """On a slice that is twice as large they are fewer; where the state alone fills it, a device has one row."""
-    shape = {"mesh": "fsdp=-1,tensor=4", "batch": 1024}
-    few, more, most = (make_request("opt-175b", f"v5p:{s}", **shape) for s in ("4x4x8", "4x4x4", "2x4x4"))
-    parts = [each.options["micro_batches"] for each in (few, more, most)]
-    assert parts == sorted(parts) and len(set(parts)) == 3 and parts[-1] == 1024 // 8
-    # What is kept without rematerialization is much more.
-    assert make_request("opt-1.3b", "v5e:4x4", remat="none").options["micro_batches"] > 4
+def test_micro_batches_are_as_many_as_cost_no_time():
+    """One row a device where the links are fast; where weights are gathered over a slower network, more rows, but no
+    more than fit."""
+    fast, slow = (make_request("opt-175b", s, mesh="fsdp=8,tensor=8", batch=1024) for s in ("v5p:4x4x4", "h100:64"))
+    assert fast.options["micro_batches"] == 1024 // 8 > slow.options["micro_batches"]
+    assert estimate(slow) < 0.5 * estimate(replace(slow, options={**slow.options, "micro_batches": 128}))
+    assert memory(slow) < slow.topology.chip.capacity
+    full = make_request("opt-175b", "v5p:2x4x4", mesh="fsdp=8,tensor=4", batch=1024)
+    assert full.options["micro_batches"] == 1024 // 8
 
 
 def test_a_plan_for_generation_that_does_not_fit(optjax_plan, compiler):

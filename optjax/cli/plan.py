@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     train = parser.add_argument_group("to train").add_argument
     train("--length", type=count, metavar="N", help="tokens of a row (default: 2048)")
-    text = "parts that a batch is taken in (default: as few as probably fit)"
+    text = "parts that a batch is taken in (default: as many as cost no time)"
     train("--micro-batches", type=count, metavar="N", help=text)
     text = (
         "what the forward pass keeps: all, what products give, each layer's input, that in host memory (default: full)"

@@ -60,7 +60,7 @@ GPU, on a machine that has neither; nothing was run. The command at the end of a
 left out here.
 
 To train: float32 weights and moments unless the command says otherwise, bfloat16 compute, rows of 2048 tokens, the
-paper's batch in as few micro-batches as probably fit, each layer's input kept. To generate: bfloat16, caches of 2048
+paper's batch in as many micro-batches as cost no time, each layer's input kept. To generate: bfloat16, caches of 2048
 tokens, prompts read 512 tokens at a time.
 
 Peak: what one device holds at the worst moment, of what a program can use; in brackets, how often that is the least

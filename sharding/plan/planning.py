@@ -176,7 +176,7 @@ def plan(
       rules: a name of `optjax.sharding.RULES` or a dict; by default all of them together.
       save: a folder for the compiled programs' texts.
       **options: to train: ``batch`` rows (by default as in the paper) of ``length`` tokens, in ``micro_batches``
-        (``"auto"``: as few as probably fit), and the other levers of a step, ``remat``, ``dtype`` (computed with),
+        (``"auto"``: as many as cost no time), and the other levers of a step, ``remat``, ``dtype`` (computed with),
         ``moments_dtype``, ``moments_memory``, ``query_block``, ``loss_chunks``, ``dropout``. To generate: ``batch``
         rows, ``prompt`` tokens read at once, ``cache_length``, ``dtype``.
 

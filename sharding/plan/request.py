@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optjax.config import OPTConfig
@@ -21,6 +21,7 @@ from .hardware import Topology, parse_topology
 JOBS = ("train", "generate")
 # Of the memory, what micro-batches may fill by estimate, which is off by up to a tenth.
 MARGIN = 0.8
+HARDLY_LONGER = 1.02
 # Batches in tokens that the sizes were trained with (Zhang et al. 2022, table 1), by parameters of the hidden size.
 _PAPER_TOKENS = {768: 2**19, 1024: 2**19, 2048: 2**20, 2560: 2**20, 4096: 2**21, 5120: 2**22, 7168: 2**22}
 
@@ -194,18 +195,21 @@ def _checked(config: OPTConfig, job: str, options: Mapping[str, Any]) -> dict[st
 
 
 def _micro_batches(request: Request) -> int:
-    """The fewest micro-batches that by estimate fit with a margin, as each gathers the weights anew; at most so many
-    that a device has one row."""
-    from .estimate import memory
+    """As many micro-batches as take hardly longer than fewer ones that fit, by estimate: each part gathers the weights
+    anew, and a smaller part takes less memory. At most so many that a device has one row."""
+    from .estimate import estimate, memory
 
-    batch, capacity = request.options["batch"], request.topology.chip.capacity
-    most = max(1, batch // request.splits.shards("batch"))
-    for parts in range(1, most):
-        if most % parts == 0:
-            request.options["micro_batches"] = parts
-            if memory(request) <= MARGIN * capacity:
-                return parts
-    return most
+    most = max(1, request.options["batch"] // request.splits.shards("batch"))
+    tried = [
+        replace(request, options={**request.options, "micro_batches": n}) for n in range(1, most + 1) if most % n == 0
+    ]
+    fitting = [each for each in tried if memory(each) <= MARGIN * request.topology.chip.capacity] or tried[-1:]
+    times = [estimate(each) for each in fitting]
+    return max(
+        each.options["micro_batches"]
+        for each, time in zip(fitting, times, strict=True)
+        if time <= HARDLY_LONGER * min(times)
+    )
 
 
 def _check_batch(splits: Placement, options: Mapping[str, Any]) -> None:
