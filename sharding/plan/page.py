@@ -134,18 +134,21 @@ def smallest(page: Page, size: str, chip: str, job: str, options: dict[str, Any]
                 return
 
 
-def _attempts(size: str, topology: str, job: str, options: dict[str, Any]) -> list[Request]:
+def _attempts(size: str, topology: str, job: str, options: dict[str, Any]) -> Iterator[Request]:
     """The mesh that is chosen by default, and the one that by estimate takes the least memory, where they might fit."""
-    slice_ = parse_topology(topology)
-    tried: list[Request] = []
+    slice_, first = parse_topology(topology), None
     try:
-        tried.append(make_request(size, slice_, job, **options))
+        first = make_request(size, slice_, job, **options)
     except ValueError:
         pass  # no such mesh of so many devices
-    thrifty = dict(options) if job == "generate" else {**options, "remat": "full"}
-    others = sorted(combinations(size, slice_, job, **thrifty), key=memory)
-    tried += [each for each in others[:1] if each.command() not in {one.command() for one in tried}]
-    return [each for each in tried if least(each) <= slice_.chip.capacity]
+    if first is not None and least(first) <= slice_.chip.capacity:
+        yield first
+    thrifty = options if job == "generate" else {**options, "remat": "full"}
+    others = [each for each in combinations(size, slice_, job, **thrifty) if least(each) <= slice_.chip.capacity]
+    if others:
+        other = min(others, key=memory)
+        if first is None or other.command() != first.command():
+            yield other
 
 
 def from_words(text: str) -> Request:

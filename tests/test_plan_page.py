@@ -1,0 +1,82 @@
+"""The page of plans: which rows there are, and that a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+
+from optjax.cli.arguments import parse
+from optjax.sharding.plan import page as page_module
+from optjax.sharding.plan.compiling import Compiled
+from optjax.sharding.plan.page import ALSO, JOBS, RENTED, SIZES, Page, from_words, ladder, make, smallest
+from optjax.sharding.plan.planning import assemble
+from optjax.sharding.plan.request import Request
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """The commands that were compiled, by a stand-in: what a device holds is a fifth more than the least."""
+    commands: list[str] = []
+
+    def run(request: Request):
+        commands.append(request.command())
+        made = []
+        for name, work in request.works().items():
+            peak = int(1.2 * work.least_memory)
+            refused = "refused" if peak > request.topology.chip.capacity else None
+            made.append(Compiled(name, {}, {}, 0, peak, refused, (), 1.0))
+        return assemble(request, made)
+
+    monkeypatch.setattr(page_module, "run", run)
+    return commands
+
+
+def test_a_row_is_compiled_once(compiled, tmp_path):
+    request = from_words("opt-13b --topology h100:8 --job generate --batch 16")
+    for _ in range(2):
+        row = Page(tmp_path / "rows.json").row(request)
+        assert row is not None and row.fits and row.command == request.command()
+    assert compiled == [request.command()]
+    assert Page(tmp_path / "none.json", lambda command: False).row(request) is None
+
+
+def test_the_smallest_slice_is_found(compiled, tmp_path):
+    """13B takes 12.0 GiB of each of 16 v5e at least; a fifth more is 14.4 of 15.75. 30B would fit 32, less a fifth."""
+    rows = list(smallest(Page(tmp_path / "rows.json"), "opt-13b", "v5e", "train", {}))
+    assert rows[-1].fits and rows[-1].made["topology"] == "v5e:4x4"
+    assert [row.fits for row in rows[:-1]] == [False] * (len(rows) - 1)
+    larger = list(smallest(Page(tmp_path / "rows.json"), "opt-30b", "v5e", "train", {}))
+    assert larger[-1].fits and larger[-1].made["topology"] == "v5e:8x8"
+    assert {row.made["topology"] for row in larger[:-1]} == {"v5e:4x8"}
+
+
+def test_slices_of_a_ladder_grow():
+    for chip in RENTED:
+        sizes = [page_module.parse_topology(name).devices for name in ladder(chip)]
+        assert all(after >= 2 * before for before, after in zip(sizes, sizes[1:], strict=False))
+
+
+@pytest.mark.parametrize("words", ALSO.splitlines())
+def test_what_is_asked_besides_makes_sense(words: str):
+    request = from_words(words)
+    assert request.size in SIZES and request.job in JOBS
+    assert parse(shlex.split(request.command())[1:]).command == "plan"
+
+
+def test_the_page_has_every_row_with_its_command(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "SIZES", ["opt-125m", "opt-1.3b"])
+    page = Page(tmp_path / "PLANS.json", lambda command: "opt-1.3b" in command)
+    make(page, tmp_path / "PLANS.md")
+    text = (tmp_path / "PLANS.md").read_text()
+    commands = re.findall(r"`(optjax plan [^`]*)`", text)
+    assert sorted(commands) == sorted(json.loads((tmp_path / "PLANS.json").read_text())) == sorted(set(compiled))
+    assert {"v5e", "v6e", "v5p", "tpu7x", "h100"} <= {re.findall(r"--topology (\w+)", c)[0] for c in commands}
+    lines = [line for line in text.splitlines() if line.startswith("| opt-1.3b |")]
+    assert len(lines) == 2 + len(commands)  # two tables of the smallest slices
+    # Again, of what is there already.
+    before = list(compiled)
+    make(Page(tmp_path / "PLANS.json", lambda command: False), tmp_path / "PLANS.md")
+    assert compiled == before and (tmp_path / "PLANS.md").read_text() == text
