@@ -288,18 +288,3 @@ def test_loaded_weights_can_be_donated(tmp_path):
     step = jax.jit(lambda p: jax.tree.map(lambda w: w + 1, p), donate_argnums=0)
     assert_same(step(step(params)), {name: w + 1 + 1 for name, w in state.items()})
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
-
-
-def test_a_mesh_needs_the_sharding_package(tmp_path):
-    from optjax.checkpoints.place import placer
-
-    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    write_safetensors(make_state(PRE_NORM), write_config(PRE_NORM, tmp_path))
-    try:
-        place = placer(PRE_NORM, "causal_lm", mesh, None)
-    except ValueError as error:
-        assert "optjax.sharding" in str(error)
-        with pytest.raises(ValueError, match="optjax.sharding"):
-            load_params(tmp_path, mesh=mesh)
-    else:
-        assert callable(place)
