@@ -95,7 +95,8 @@ def test_micro_batches_are_as_many_as_cost_no_time():
     more than fit."""
     fast, slow = (make_request("opt-175b", s, mesh="fsdp=8,tensor=8", batch=1024) for s in ("v5p:4x4x4", "h100:64"))
     assert fast.options["micro_batches"] == 1024 // 8 > slow.options["micro_batches"]
-    assert estimate(slow) < 0.5 * estimate(replace(slow, options={**slow.options, "micro_batches": 128}))
+    one_row = replace(slow, options={**slow.options, "micro_batches": 128})
+    assert estimate(slow).floor < 0.5 * estimate(one_row).floor
     assert memory(slow) < slow.topology.chip.capacity
     full = make_request("opt-175b", "v5p:2x4x4", mesh="fsdp=8,tensor=4", batch=1024)
     assert full.options["micro_batches"] == 1024 // 8

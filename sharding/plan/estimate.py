@@ -8,16 +8,16 @@ from . import analytic
 from .hardware import Topology
 from .interconnect import Links, Position, links, seconds
 from .request import Request
-from .roofline import roofline
+from .roofline import Roofline, roofline
 
 # What a step's logits and other small things take beside a layer's own values; see train/options.py.
 _ASIDE = 512 << 20
 
 
-def estimate(request: Request) -> float:
-    """Seconds of a step at least: `roofline` with the traffic that the mesh and rules bring about."""
+def estimate(request: Request) -> Roofline:
+    """Of the job's main program, with the traffic that the mesh and rules bring about."""
     work = list(request.works().values())[-1]
-    return roofline(request.topology, work, _traffic(request)).floor
+    return roofline(request.topology, work, _traffic(request))
 
 
 def memory(request: Request) -> float:

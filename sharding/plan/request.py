@@ -204,7 +204,7 @@ def _micro_batches(request: Request) -> int:
         replace(request, options={**request.options, "micro_batches": n}) for n in range(1, most + 1) if most % n == 0
     ]
     fitting = [each for each in tried if memory(each) <= MARGIN * request.topology.chip.capacity] or tried[-1:]
-    times = [estimate(each) for each in fitting]
+    times = [estimate(each).floor for each in fitting]
     return max(
         each.options["micro_batches"]
         for each, time in zip(fitting, times, strict=True)

@@ -29,6 +29,11 @@ class Roofline:
         return max(self.compute, self.memory, self.interconnect)
 
     @property
+    def total(self) -> float:
+        """Seconds one after another: by how much two equal floors differ."""
+        return self.compute + self.memory + self.interconnect
+
+    @property
     def bound(self) -> str:
         """Which of the three the floor is."""
         return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))

@@ -7,6 +7,7 @@ compiled in the order of their estimated time, those that probably fit first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from optjax.config import OPTConfig
 from optjax.sharding.mesh import AXES
 from optjax.sharding.placement import meshes
+from optjax.sharding.rules import LOGICAL_AXES
 
 from .estimate import estimate, memory
 from .hardware import Topology, parse_topology
@@ -24,6 +26,8 @@ RULE_SETS = ("fsdp+tensor+sequence", "fsdp+tensor", "data")
 REMAT = ("none", "dots", "full")
 # More tensor parallelism than this never pays, as its traffic comes at every layer.
 MOST_TENSOR = 32
+# Estimated times that differ by less than this fraction are as good as equal.
+NEARLY = 0.03
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def search(
     if on_progress:
         on_progress(len(plans), len(plans), None)
     return Found(
-        ranked=sorted((p for p in plans if p.fits), key=lambda p: (p.main.roofline.floor, p.peak)),
+        ranked=sorted((p for p in plans if p.fits), key=lambda p: (p.main.roofline.floor, p.main.roofline.total)),
         refused=sorted((p for p in plans if not p.fits), key=lambda p: -p.spare),
         possible=len(possible),
         hopeless=len(possible) - len(hopeful),
@@ -88,24 +92,36 @@ def search(
 
 
 def combinations(size: str | OPTConfig, topology: Topology, job: str, **options: Any) -> Iterator[Request]:
-    """Every request that makes sense, over all that ``options`` leave open."""
+    """Every request that makes sense, over all that ``options`` leave open; of those that split alike, the first."""
     given = {name: value for name, value in options.items() if value is not None and value != "auto"}
     rule_sets = [given.pop("rules")] if "rules" in given else RULE_SETS
     mesh = given.pop("mesh", None)
+    seen = set()
     for rules in rule_sets:
         for each in [mesh] if mesh else _meshes(topology, rules, job):
             for levers in _levers(job, given):
                 try:
-                    yield make_request(size, topology, job, mesh=each, rules=rules, **given, **levers)
+                    request = make_request(size, topology, job, mesh=each, rules=rules, **given, **levers)
                 except ValueError:
                     continue
+                splits = request.splits
+                alike = tuple(splits.mesh_axes(axis) for axis in LOGICAL_AXES)
+                key = (alike, tuple(request.mesh.values()), tuple(request.options.values()))
+                if key not in seen:
+                    seen.add(key)
+                    yield request
 
 
 def promising(requests: list[Request]) -> list[Request]:
-    """Those whose analytic minimum is within the memory: what probably fits first, of it the fastest first."""
+    """Those whose analytic minimum is within the memory: what probably fits first, of it the fastest first; of those
+    whose floors are as good as equal, what has the most to spare besides."""
     capacity = requests[0].topology.chip.capacity
-    hopeful = [each for each in requests if least(each) <= capacity]
-    return sorted(hopeful, key=lambda each: (memory(each) > capacity, estimate(each), memory(each)))
+
+    def key(request: Request) -> tuple[bool, int, float]:
+        times = estimate(request)
+        return memory(request) > capacity, round(math.log(times.floor) / NEARLY), times.total
+
+    return sorted((each for each in requests if least(each) <= capacity), key=key)
 
 
 def _meshes(topology: Topology, rules: Any, job: str) -> Iterator[dict[str, int]]:
