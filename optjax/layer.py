@@ -14,7 +14,7 @@ from optjax.attention import attend, attend_in_blocks, drop
 from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
-from optjax.placed import constrain, gather, platform
+from optjax.placed import constrain, constrain_both, gather, platform
 
 LAYER_NORM_EPS = 1e-5
 # The name of a weight as it is used, for policies of `jax.checkpoint`: cast and gathered again rather than kept.
@@ -55,7 +55,9 @@ def decoder_layer(
     weights = _as_used(config, placement, weights, x.dtype)
 
     def residual(x, block, norm, dropout_key):
-        y = constrain(placement, layer_norm(x, weights.get(norm)) if pre_norm else x, "batch", "length", None)
+        y = layer_norm(x, weights.get(norm)) if pre_norm else x
+        # The tokens of the residual stream are gathered for a block, and their cotangents scattered after it.
+        y = constrain_both(placement, y, ("batch", "length", None), ("batch", "residual_length", None))
         y = constrain(placement, block(y), "batch", "residual_length", None)
         if dropout_key is not None and config.dropout > 0:
             y = drop(y, config.dropout, dropout_key)

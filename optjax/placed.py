@@ -23,6 +23,11 @@ def constrain(placement: Placement | None, x: jax.Array, *axes: str | None) -> j
     return x if placement is None else placement.constrain(x, axes)
 
 
+def constrain_both(placement: Placement | None, x: jax.Array, axes: Any, back: Any) -> jax.Array:
+    """An activation as by `constrain`, and its cotangent with axes of its own."""
+    return x if placement is None else placement.constrain_both(x, axes, back)
+
+
 def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
     """Weights as they are used, from a nested dict of them and the same of their logical axes."""
     if placement is None or weights is None:

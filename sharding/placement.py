@@ -69,6 +69,10 @@ class Placement:
         """An activation, told where to lie; see `fitting`."""
         return jax.lax.with_sharding_constraint(x, self.fitting(x.shape, axes))
 
+    def constrain_both(self, x: jax.Array, axes: Axes, back: Axes) -> jax.Array:
+        """`constrain`, and where its cotangent is to lie: left to itself, jax has that lie as x does."""
+        return _constrain_both(x, self.fitting(x.shape, axes), self.fitting(x.shape, back))
+
     def gather(self, weight: jax.Array, axes: Axes) -> jax.Array:
         """A weight as it is used: whole along the mesh axes that split the tokens, whose devices all need it.
 
@@ -94,6 +98,17 @@ class Placement:
     def __repr__(self) -> str:
         rules = ", ".join(f"{axis}: {'·'.join(names)}" for axis, names in self._by_name.items() if names)
         return f"Placement({format_mesh(self.mesh)}; {rules})"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrain_both(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+_constrain_both.defvjp(
+    lambda x, there, back: (_constrain_both(x, there, back), None),
+    lambda there, back, _, cotangent: (jax.lax.with_sharding_constraint(cotangent, back),),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

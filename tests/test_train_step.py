@@ -15,11 +15,12 @@ import pytest
 import optjax
 from optjax import OPTConfig, init_params
 from optjax.sharding import RULES, make_mesh
+from optjax.train.adamw import Moments, round_at_random
 from optjax.train.backward import loss_and_gradients
 from optjax.train.checkpoint import Checkpoints
 from optjax.train.data import PackedText
 from optjax.train.loss import evaluate, next_token_loss
-from optjax.train.optimizer import Moments, Recipe, _round, decayed, learning_rate
+from optjax.train.optimizer import Recipe, decayed, learning_rate
 from optjax.train.options import StepOptions
 from optjax.train.placing import place_records
 from optjax.train.state import abstract_state, init_state, train_step
@@ -210,6 +211,20 @@ def test_a_state_on_one_device_is_one_program():
     assert train_step._cache_size() == programs + 1
 
 
+@pytest.mark.parametrize("rules", ["fsdp+tensor", None])
+def test_the_hosts_memory_changes_no_number(rules):
+    found = {}
+    for options in (LEVERS, dataclasses.replace(LEVERS, moments_memory="host", remat="offload")):
+        state = init_state(made(rules), options)
+        for _ in range(2):
+            state, metrics = train_step(state, place_records(RECORDS, state.params), RECIPE, 0, options)
+            kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.moments)}
+            assert kinds == {"device" if options is LEVERS else "pinned_host"}
+            assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+        found[options.moments_memory] = state.params, metrics
+    close(*(jax.tree.leaves(each) for each in found.values()), tolerance=1e-6)
+
+
 def test_evaluation_over_devices():
     text = PackedText(RECORDS.reshape(-1).astype(np.uint16), 16, 1.0)
     alone = evaluate(made(None), text, 4)
@@ -234,13 +249,14 @@ def test_bfloat16_is_near():
 
 def test_rounding_is_right_on_average():
     x = jnp.float32(1.0 + 2**-9)  # a quarter of the way from 1 to the next bfloat16
+    noise = jax.random.bits(jax.random.key(0), (40000,), jnp.uint32) & 0xFFFF
     for sign in (1, -1):
-        many = _round(jnp.full(40000, sign * x), jax.random.bits(jax.random.key(0), (40000,), jnp.uint32) & 0xFFFF)
+        many = round_at_random(jnp.full(40000, sign * x), noise)
         many = np.asarray(many, np.float32) * sign
         assert set(many) == {1.0, 1.0078125}
         assert abs(np.mean(many > 1) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 40000)
     exact = jnp.array([0.0, 1.5, -3e-20, 1e20], jnp.bfloat16)
-    np.testing.assert_array_equal(_round(exact.astype(jnp.float32), jnp.full(4, 0xFFFF, jnp.uint32)), exact)
+    np.testing.assert_array_equal(round_at_random(exact.astype(jnp.float32), jnp.full(4, 0xFFFF, jnp.uint32)), exact)
 
 
 @pytest.mark.parametrize(

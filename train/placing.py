@@ -26,8 +26,10 @@ def shardings(params: Params, memory: str = "device") -> Params:
     return build_params(params.config, params.head, leaf, stacked=params.stacked, placement=placement)
 
 
-def place(params: Params) -> Params:
+def place(params: Params, memory: str = "device") -> Params:
     """Inside a compiled program: arrays shaped like the weights, told to lie as the weights do."""
+    if memory == "host":
+        return jax.tree.map(jax.device_put, params, shardings(params, memory))
     if params.placement is None:
         return params
     return jax.tree.map(jax.lax.with_sharding_constraint, params, shardings(params))

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from optjax.config import OPTConfig
 from optjax.params import Params, abstract_params
 
+from .adamw import Moments, init_moments, update
 from .backward import loss_and_gradients
-from .optimizer import Moments, Recipe, init_moments, learning_rate, update
+from .optimizer import Recipe, learning_rate
 from .options import PLAIN, StepOptions
 from .placing import place, shardings
 
@@ -100,7 +101,7 @@ def train_step(
     random = config.dropout > 0 or config.attention_dropout > 0 or config.layerdrop > 0
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
     loss, gradients = loss_and_gradients(params, records, key, options)
-    params, moments, norm = update(recipe, params, place(gradients), state.moments, state.step)
+    params, moments, norm = update(recipe, params, place(gradients), state.moments, state.step, options)
     metrics = {"loss": loss, "grad_norm": norm, "lr": learning_rate(recipe, state.step)}
     return TrainState(params, moments, state.step + 1), metrics
 

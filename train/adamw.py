@@ -1,0 +1,145 @@
+"""AdamW (Loshchilov and Hutter 2019) over sharded weights, with moments in either dtype and either memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optjax.params import Params
+
+from .optimizer import Recipe, decayed, learning_rate
+from .options import StepOptions
+from .placing import place, shardings
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["first", "second"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Running means of the gradient and of its square: two trees like the params."""
+
+    first: Params
+    second: Params
+
+
+def init_moments(params: Params, options: StepOptions) -> Moments:
+    """Zeros, each where its weight lies, or in the memory of that device's host."""
+
+    def zeros() -> Params:
+        one = partial(jnp.zeros_like, dtype=options.moments_dtype)
+        if params.placement is None:
+            # They stay where jax puts them: told where to lie they would make the first step another program.
+            made = jax.tree.map(one, params)
+        else:
+            made = jax.tree.map(lambda weight, at: one(weight, device=at), params, shardings(params))
+        return made if options.moments_memory == "device" else place(made, "host")
+
+    return Moments(zeros(), zeros())
+
+
+def update(
+    recipe: Recipe, params: Params, gradients: Params, moments: Moments, step: jax.Array, options: StepOptions
+) -> tuple[Params, Moments, jax.Array]:
+    """One update, the gradient clipped before it to a norm of ``recipe.clip_norm``.
+
+    Decay is decoupled, and scaled by the learning rate, as in torch's AdamW. All is computed in float32.
+
+    Args:
+      step: the number of finished updates.
+
+    Returns:
+      The new weights and moments, and the norm of the gradient before it was clipped.
+    """
+    norm = jnp.sqrt(sum(jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(gradients)))
+    clip = jnp.where(norm < recipe.clip_norm, 1.0, recipe.clip_norm / norm)
+    rate, count = learning_rate(recipe, step), (step + 1).astype(jnp.float32)
+    unbias1, unbias2 = 1.0 - recipe.beta1**count, 1.0 - recipe.beta2**count
+    decays = decayed(params.config, params.head, stacked=params.stacked).weights
+
+    def one(key, weight, gradient, first, second, decays):
+        gradient = gradient.astype(jnp.float32) * clip
+        m = recipe.beta1 * first.astype(jnp.float32) + (1 - recipe.beta1) * gradient
+        v = recipe.beta2 * second.astype(jnp.float32) + (1 - recipe.beta2) * jnp.square(gradient)
+        change = (m / unbias1) / (jnp.sqrt(v / unbias2) + recipe.eps)
+        if decays:
+            change = change + recipe.weight_decay * weight
+        new = weight - rate * change
+        if first.dtype == jnp.float32:
+            return new, m, v
+        bits = jax.random.bits(key, weight.shape, jnp.uint32)
+        return new, round_at_random(m, bits & 0xFFFF), round_at_random(v, bits >> 16)
+
+    def each(key, decays, weights, gradients, first, second) -> tuple[Any, Any, Any]:
+        """Three trees, from some of the weights and what belongs to them."""
+        leaves, tree = jax.tree.flatten(weights)
+        others = [jax.tree.leaves(other) for other in (gradients, first, second, decays)]
+        keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+        new = [one(*given) for given in zip(keys, leaves, *others, strict=True)]
+        first, second, third = (jax.tree.unflatten(tree, column) for column in zip(*new, strict=True))
+        return first, second, third
+
+    # The noise is a function of weight and step, so that a run that resumes goes on with the same.
+    key = jax.random.fold_in(jax.random.key(0), step)
+    trees = [tree.weights for tree in (params, gradients, moments.first, moments.second)]
+    if options.moments_memory == "host":
+        new = _by_layers(each, key, decays, trees, params.stacked)
+    else:
+        new = each(key, decays, *trees)
+    weights, first, second = (dataclasses.replace(params, weights=tree) for tree in new)
+    memory = options.moments_memory
+    return place(weights), Moments(place(first, memory), place(second, memory)), norm
+
+
+def _by_layers(each, key, decays, trees: list[Any], stacked: bool) -> tuple[Any, Any, Any]:
+    """``each``, with the moments of one layer on the device at a time; in place."""
+    outside = [{name: weight for name, weight in tree.items() if name != "layers"} for tree in trees]
+    rest = {name: decay for name, decay in decays.items() if name != "layers"}
+    done = _through_device(each, key, rest, *outside)
+    key = jax.random.fold_in(key, len(jax.tree.leaves(rest)))
+    weights, gradients, first, second = (tree["layers"] for tree in trees)
+    if stacked:
+        count = jax.tree.leaves(weights)[0].shape[0]
+
+        def step(i, carry):
+            mine, its_gradients = jax.tree.map(partial(_take, i), (carry, gradients))
+            new = _through_device(
+                each, jax.random.fold_in(key, i), decays["layers"], mine[0], its_gradients, mine[1], mine[2]
+            )
+            return jax.tree.map(partial(_put, i), carry, new)
+
+        layers = jax.lax.fori_loop(0, count, step, (weights, first, second))
+    else:
+        new = [
+            _through_device(each, jax.random.fold_in(key, i), *given)
+            for i, given in enumerate(zip(decays["layers"], weights, gradients, first, second, strict=True))
+        ]
+        layers = tuple(list(column) for column in zip(*new, strict=True))
+    one, two, three = (tree | {"layers": layer} for tree, layer in zip(done, layers, strict=True))
+    return one, two, three
+
+
+def _through_device(each, key, decays, weights, gradients, first, second) -> tuple[Any, Any, Any]:
+    first, second = jax.device_put((first, second), jax.memory.Space.Device)
+    new, first, second = each(key, decays, weights, gradients, first, second)
+    first, second = jax.device_put((first, second), jax.memory.Space.Host)
+    return new, first, second
+
+
+def _take(i, array: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+
+
+def _put(i, array: jax.Array, one: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(array, one, i, 0)
+
+
+def round_at_random(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """float32 to one of the two nearest bfloat16, up with a probability in proportion; ``noise`` is uint32 of 16 bits.
+
+    Rounded to the nearest, a sum to which less than 1/512 of itself is added would not change at all.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
