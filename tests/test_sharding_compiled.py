@@ -1,6 +1,10 @@
-"""What the compiler makes of decoding over devices: which collectives there are, and how much they move."""
+"""What the compiler makes of decoding and training over devices: which collectives there are, and what they move."""
 
 from __future__ import annotations
+
+import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +14,12 @@ import optjax
 from optjax.generation.decode import _decode_step
 from optjax.generation.loop import run_generate
 from optjax.generation.options import as_settings
-from optjax.sharding import make_mesh
+from optjax.sharding import RULES, make_mesh
 from optjax.sharding.plan.collectives import collectives
 from optjax.sharding.plan.generation import abstract_cache
+from optjax.train.optimizer import Recipe
+from optjax.train.options import StepOptions
+from optjax.train.state import abstract_state, train_step
 
 B, S, D = 8, 64, 64
 
@@ -72,3 +79,56 @@ def test_the_loop_of_generate_moves_no_weight(options):
     found = collectives(text, dict(params.placement.mesh.shape))
     # The prompt's activations are the largest, in the prefill before the loop.
     assert max(c.bytes for c in found) <= max(B * 16 * D * 4, B * 256 * 4), found
+
+
+def compile_training(layers: int, rules: str, mesh: str, **options):
+    """A train step of ``B`` rows of 64 tokens, compiled; and its mesh."""
+    placed = make_mesh(mesh, jax.devices()[:8])
+    levers = StepOptions(remat="full", **options)
+    state = abstract_state(config(layers).replace(dropout=0.0), levers, stacked=True, mesh=placed, rules=rules)
+    rows = B * levers.micro_batches
+    lies = state.params.placement.fitting((rows, 65), ("batch", None))
+    records = jax.ShapeDtypeStruct((rows, 65), jnp.int32, sharding=lies)
+    recipe = Recipe(peak_lr=1e-3, total_steps=10, warmup_steps=1)
+    return train_step.lower(state, records, recipe, 0, levers).compile(), dict(placed.shape)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_training_gathers_a_weight_twice(micro_batches):
+    """Fully sharded: once forward, once backward, for each micro-batch; nothing of a weight's size is summed whole."""
+    gathered = []
+    for layers in (2, 3):
+        compiled, mesh = compile_training(layers, "fsdp", "fsdp=8", micro_batches=micro_batches)
+        found = collectives(compiled.as_text(), mesh)
+        gathered.append(sum(c.total for c in found if c.kind == "all-gather"))
+    layer = sum(weight.size for weight in optjax.declare(config(1)) if weight.per_layer) * 4
+    assert layer <= (gathered[1] - gathered[0]) / micro_batches <= 2 * layer * 1.01
+
+
+SILENT = """
+import sys
+sys.path.insert(0, "tests")
+import test_sharding_compiled as tests
+for rules, mesh in tests.SPREADS.items():
+    print(rules, flush=True)
+    tests.compile_training(2, rules, mesh, micro_batches=2)
+    if rules != "data":
+        tests.step(2, rules, mesh)
+"""
+SPREADS = {
+    "data": "data=2,fsdp=2,tensor=2",
+    "fsdp": "data=2,fsdp=4",
+    "tensor": "data=2,tensor=4",
+    "fsdp+tensor": "fsdp=2,tensor=4",
+    "fsdp+tensor+sequence": "data=2,fsdp=2,tensor=2",
+}
+
+
+def test_nothing_is_rematerialized_involuntarily(repository):
+    """Where the partitioner knows no better than to gather an array whole, it says so on standard error."""
+    assert SPREADS.keys() == RULES.keys()
+    assert all(math.prod(int(part.split("=")[1]) for part in mesh.split(",")) == 8 for mesh in SPREADS.values())
+    run = subprocess.run([sys.executable, "-c", SILENT], cwd=repository, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == list(SPREADS)
+    assert "rematerialization" not in run.stderr, run.stderr[-3000:]
