@@ -30,6 +30,15 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without the TPU compiler its tests are skipped before any of their fixtures asks for it."""
+    if importlib.util.find_spec("libtpu") is None:
+        absent = pytest.mark.skip(reason="no TPU compiler: the libtpu wheel is not installed")
+        for item in items:
+            if item.get_closest_marker("tpu_compiler"):
+                item.add_marker(absent)
+
+
 @pytest.fixture(autouse=True)
 def _skip_what_is_absent(request: pytest.FixtureRequest) -> None:
     """Markers that name a need skip the test where that need is not met, and say so."""
@@ -38,8 +47,6 @@ def _skip_what_is_absent(request: pytest.FixtureRequest) -> None:
 
         if jax.default_backend() not in ("gpu", "tpu"):
             pytest.skip(f"no accelerator: jax's backend is {jax.default_backend()!r}")
-    if request.node.get_closest_marker("tpu_compiler") and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("no TPU compiler: the libtpu wheel is not installed")
     if request.node.get_closest_marker("real_weights") and "OPTJAX_CHECKPOINTS" not in os.environ:
         pytest.skip("OPTJAX_CHECKPOINTS does not name a folder with Meta's checkpoints")
 
