@@ -197,6 +197,28 @@ def test_resuming_continues_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_run_over_devices_goes_on_over_others(tmp_path):
+    """Every batch, mask and update as on one device, up to rounding; what resumes on the same mesh is the same bits."""
+    levers = StepOptions(micro_batches=2, remat="full", loss_chunks=3)
+    config = DROPOUT.replace(vocab_size=64)
+    spread = {"stacked": True, "step": levers, "batch_size": 8, "config": config}
+    alone = run(tmp_path / "alone", **spread)
+    for folder, stops in (("whole", [8]), ("parts", [3, 8])):
+        for stop in stops:
+            whole = run(tmp_path / folder, **spread, mesh="fsdp=4,tensor=2", rules="fsdp+tensor", stop_at=stop)
+    run(tmp_path / "moved", **spread, mesh="fsdp=4,tensor=2", rules="fsdp+tensor", stop_at=3)
+    moved = run(tmp_path / "moved", **spread)
+    logs = {name: [e["loss"] for e in read_log(tmp_path / name)] for name in ("alone", "whole", "parts", "moved")}
+    assert logs["parts"] == logs["whole"] and len(logs["alone"]) == 8
+    for name in ("whole", "moved"):
+        np.testing.assert_allclose(logs[name], logs["alone"], rtol=1e-4)
+    assert whole.params["layers"]["fc1"]["weight"].sharding.num_devices == 8
+    np.testing.assert_allclose(
+        moved.params["embed_tokens"]["weight"], alone.params["embed_tokens"]["weight"], rtol=0, atol=1e-3
+    )
+    assert load_run(tmp_path / "whole").placement is None
+
+
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     run(tmp_path, stop_at=1)
     with pytest.raises(ValueError, match="another run.*seed was 0, is 1"):
@@ -247,6 +269,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         (["--length", "13"], "max_position_embeddings 12"),
         (["--config", "opt-9b"], "no preset"),
         (["--steps", "0"], "warmup_steps"),
+        (["--mesh", "fsdp=3"], "there are 8"),
+        (["--mesh", "fsdp=8", "--micro-batches", "2"], "multiple of 16"),
+        (["--rules", "data"], "mesh"),
+        (["--micro-batches", "3"], "3 micro-batches"),
     ],
 )
 def test_wrong_options_say_so_without_a_traceback(tmp_path, capsys, more, message):

@@ -271,9 +271,10 @@ def test_rounding_is_right_on_average():
 )
 def test_what_does_not_divide_is_said(rows, tokens, changes, message):
     options = StepOptions(**({"micro_batches": 2} | changes))
-    state = init_state(made("fsdp+tensor+sequence"), options)
+    mesh = make_mesh(SPREADS["fsdp+tensor+sequence"], jax.devices()[:8])
+    state = abstract_state(CONFIG, options, stacked=True, mesh=mesh)
     with pytest.raises(ValueError, match=message):
-        train_step(state, np.zeros((rows, tokens), np.int32), RECIPE, 0, options)
+        train_step.lower(state, jax.ShapeDtypeStruct((rows, tokens), jnp.int32), RECIPE, 0, options)
 
 
 @pytest.mark.parametrize(

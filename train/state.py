@@ -121,7 +121,8 @@ def check_batch(params: Params, rows: int, tokens: int, options: StepOptions) ->
             f"a batch of {rows} records does not divide into {options.micro_batches} micro-batches over {parts} groups "
             f"of devices; it should be a multiple of {options.micro_batches * parts}"
         )
-    for axis in ("length", "residual_length"):
+    shares = 1
+    for axis in ("residual_length", "length"):
         shares = 1 if params.placement is None else params.placement.shards(axis)
         if length % shares:
             raise ValueError(
@@ -129,3 +130,4 @@ def check_batch(params: Params, rows: int, tokens: int, options: StepOptions) ->
                 "another length, or None for it in the rules"
             )
     options.block_of_queries(length)
+    options.chunks_of_loss(length // shares, 1.0)
