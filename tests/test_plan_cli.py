@@ -262,6 +262,19 @@ def test_a_plan_is_what_the_tpu_compiler_says(job: str):
         assert [(line.kind, line.axes, line.count) for line in lines] == [("all-reduce", ("tensor",), 5)]
 
 
+@needs_libtpu
+def test_moments_in_the_hosts_memory_are_not_the_devices():
+    options = {"batch": 16, "length": 128, "mesh": "fsdp=2,tensor=2"}
+    config = OPTConfig(**{**TINY, "num_hidden_layers": 8})
+    on_device, on_host = (
+        plan(config, "v5e:2x2", "train", moments_memory=memory, **options).main.compiled
+        for memory in ("device", "host")
+    )
+    moments = on_device.groups["optimizer state"]
+    assert "optimizer state" not in on_host.groups
+    assert on_host.peak < on_device.peak - 0.5 * moments
+
+
 BAD_JOB = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
