@@ -5,7 +5,7 @@
 
 Over many devices, the same command started on every host:
 
-  python -m optjax.train.pretrain --config opt-175b --data train.npy --run /shared/run --steps 143000 --stacked \
+  python -m optjax.train.pretrain --config opt-175b --data train.npy --run /shared/run --steps 143000 --stacked \\
     --batch-size 1024 --micro-batches 32 --mesh fsdp=32,tensor=8 --dtype bfloat16 --remat full
 
 Run the same command again to go on where it stopped: after a crash from the last checkpoint, after ctrl-c or SIGTERM
