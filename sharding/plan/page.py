@@ -65,7 +65,7 @@ tokens, prompts read 512 tokens at a time.
 
 Peak: what one device holds at the worst moment, of what a program can use; in brackets, how often that is the least
 that the job can do with. Floor: the least time of a step, by what it computes, moves through memory and sends, each at
-the chip's peak rate. MFU and tokens/s are those of the floor.
+the chip's peak rate. MFU and tokens/s are those of the floor. A dash: not compiled yet; *more*: than the largest slice.
 """
 
 
