@@ -15,19 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from optjax.sharding.plan.devices import ENVIRONMENT
+
 ROWS, COLUMNS, LAYERS, D = 8, 2048, 2, 2048
 BUFFER = f"{ROWS},{COLUMNS},{D}"
-
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_LOG_DIR": "disabled",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
 
 
 pytestmark = pytest.mark.tpu_compiler
