@@ -11,8 +11,9 @@ from hf_models import assert_close
 from transformers.generation import logits_process as hf
 
 import optjax
+from optjax.generation.history import new_history
 from optjax.generation.options import as_settings
-from optjax.generation.processors import new_history, process
+from optjax.generation.processors import process
 from optjax.generation.thresholds import kth_largest, mass_threshold
 
 OFF = {"top_k": 0}

@@ -13,9 +13,9 @@ import numpy as np
 
 from optjax.cache import Cache
 from optjax.generation.decode import check_rows_not_empty
+from optjax.generation.history import History
 from optjax.generation.loop import Choice, State, advance, run_generate, start
 from optjax.generation.options import Options, Settings, as_settings
-from optjax.generation.processors import History
 from optjax.params import Params, as_key
 from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, is_concrete

@@ -7,8 +7,7 @@ part of the pytree's structure: what is off costs nothing.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from optjax.config import OPTConfig
+from optjax.generation.reader import Reader
 
 
 class Options(TypedDict, total=False):
@@ -109,7 +109,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any]) -> Settings:
     Raises:
       ValueError: unknown options (with the nearest known name) and impossible values, all of them in one message.
     """
-    read = _Reader(options, config.vocab_size)
+    read = Reader(options, Options.__annotations__, config.vocab_size)
     do_sample, output_scores = read.flag("do_sample"), read.flag("output_scores")
     samples = read.count("num_return_sequences", 1, low=1)
     if samples > 1 and not do_sample:
@@ -163,89 +163,6 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any]) -> Settings:
     )
 
 
-class _Reader:
-    """Reads options of one kind or another; ``problems`` collects what is wrong with them."""
-
-    def __init__(self, options: Mapping[str, Any], vocab_size: int):
-        self.options, self.vocab_size = options, vocab_size
-        self.problems = [_unknown(name) for name in options if name not in Options.__annotations__]
-
-    def flag(self, name: str) -> bool:
-        value = self.options.get(name, False)
-        if not isinstance(value, bool | np.bool_):
-            self.problems.append(f"{name} should be True or False, not {value!r}")
-        return value is True or value is np.True_
-
-    def count(self, name: str, default: int, *, low: int = 0, none: int | None = None) -> int:
-        """An integer of at least ``low``; ``none`` (or else the default) where None is given."""
-        value = self.options.get(name, default)
-        if value is None:
-            return default if none is None else none
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-            self.problems.append(f"{name} should be an integer of at least {low}, not {value!r}")
-            return default
-        return int(value)
-
-    def number(self, name: str, ok: Callable[[Any], bool], wanted: str, off: float | None = None) -> np.float32 | None:
-        """A float32, or None where it is not given or is ``off``."""
-        value = self.options.get(name)
-        if value is None:
-            return None
-        real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        # Looked at as the float32 it becomes, where 1e-50 is 0.
-        if not real or not abs(value) < 1e30 or not ok(np.float32(value)):
-            self.problems.append(f"{name} should be {wanted}, not {value!r}")
-            return None
-        return None if value == off else np.float32(value)
-
-    def ids(self, name: str) -> list[int]:
-        """One id or several; none where None is given."""
-        value = self.options.get(name)
-        return [] if value is None else self._ids(name, value)
-
-    def one_id(self, name: str) -> int | None:
-        value = self.options.get(name)
-        if value is None:
-            return None
-        found = self._ids(name, value)
-        if np.ndim(value) != 0:
-            self.problems.append(f"{name} should be one id, not {value!r}")
-        return found[0] if found else None
-
-    def lists_of_ids(self, name: str) -> list[list[int]]:
-        value = _plain(self.options.get(name))
-        if value is None:
-            return []
-        lists = [_plain(each) for each in value] if isinstance(value, _LISTS) else [None]
-        if not all(isinstance(each, _LISTS) and each for each in lists):
-            self.problems.append(f"{name} should be a list of lists of at least one id, not {value!r}")
-            return []
-        return [self._ids(name, each) for each in lists]
-
-    def _ids(self, name: str, value: Any) -> list[int]:
-        value = _plain(value)
-        listed = value if isinstance(value, _LISTS) else (value,)
-        wrong = [i for i in listed if isinstance(i, bool) or not isinstance(i, int | np.integer)]
-        wrong = wrong or [i for i in listed if not 0 <= i < self.vocab_size]
-        if wrong:
-            self.problems.append(f"{name} holds {wrong[0]!r}, which is no id of the vocabulary of {self.vocab_size}")
-            return []
-        return [int(i) for i in listed]
-
-
-_LISTS = (list, tuple, set, frozenset, range)
-
-
-def _plain(value: Any) -> Any:
-    """Arrays and numpy's numbers as Python's."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
-
-
 def _right_aligned(words: list[list[int]]) -> np.ndarray:
     width = max(map(len, words))
     return np.array([[-1] * (width - len(word)) + word for word in words], np.int32)
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, Options.__annotations__, n=1)
-    return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -1,0 +1,93 @@
+"""Reads options one by one, and collects what is wrong with them, so that one message can say it all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Reader:
+    """Reads options of one kind or another, of which ``known`` are the names; ``problems`` collects what is wrong."""
+
+    def __init__(self, options: Mapping[str, Any], known: Collection[str], vocab_size: int):
+        self.options, self.vocab_size = options, vocab_size
+        self.problems = [_unknown(name, known) for name in options if name not in known]
+
+    def flag(self, name: str) -> bool:
+        value = self.options.get(name, False)
+        if not isinstance(value, bool | np.bool_):
+            self.problems.append(f"{name} should be True or False, not {value!r}")
+        return value is True or value is np.True_
+
+    def count(self, name: str, default: int, *, low: int = 0, none: int | None = None) -> int:
+        """An integer of at least ``low``; ``none`` (or else the default) where None is given."""
+        value = self.options.get(name, default)
+        if value is None:
+            return default if none is None else none
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+            self.problems.append(f"{name} should be an integer of at least {low}, not {value!r}")
+            return default
+        return int(value)
+
+    def number(self, name: str, ok: Callable[[Any], bool], wanted: str, off: float | None = None) -> np.float32 | None:
+        """A float32, or None where it is not given or is ``off``."""
+        value = self.options.get(name)
+        if value is None:
+            return None
+        real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        # Looked at as the float32 it becomes, where 1e-50 is 0.
+        if not real or not abs(value) < 1e30 or not ok(np.float32(value)):
+            self.problems.append(f"{name} should be {wanted}, not {value!r}")
+            return None
+        return None if value == off else np.float32(value)
+
+    def ids(self, name: str) -> list[int]:
+        """One id or several; none where None is given."""
+        value = self.options.get(name)
+        return [] if value is None else self.ids_in(name, value)
+
+    def one_id(self, name: str) -> int | None:
+        value = self.options.get(name)
+        if value is None:
+            return None
+        found = self.ids_in(name, value)
+        if np.ndim(value) != 0:
+            self.problems.append(f"{name} should be one id, not {value!r}")
+        return found[0] if found else None
+
+    def lists_of_ids(self, name: str) -> list[list[int]]:
+        value = plain(self.options.get(name))
+        if value is None:
+            return []
+        lists = [plain(each) for each in value] if isinstance(value, _LISTS) else [None]
+        if not all(isinstance(each, _LISTS) and each for each in lists):
+            self.problems.append(f"{name} should be a list of lists of at least one id, not {value!r}")
+            return []
+        return [self.ids_in(name, each) for each in lists]
+
+    def ids_in(self, name: str, value: Any) -> list[int]:
+        value = plain(value)
+        listed = value if isinstance(value, _LISTS) else (value,)
+        wrong = [i for i in listed if isinstance(i, bool) or not isinstance(i, int | np.integer)]
+        wrong = wrong or [i for i in listed if not 0 <= i < self.vocab_size]
+        if wrong:
+            self.problems.append(f"{name} holds {wrong[0]!r}, which is no id of the vocabulary of {self.vocab_size}")
+            return []
+        return [int(i) for i in listed]
+
+
+_LISTS = (list, tuple, set, frozenset, range)
+
+
+def plain(value: Any) -> Any:
+    """Arrays and numpy's numbers as Python's."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -1,0 +1,41 @@
+"""Score processors for sampling alone: they sharpen a distribution, or cut its tail off."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from optjax.generation.history import NEVER, History
+from optjax.generation.options import Settings
+from optjax.generation.thresholds import kth_largest, mass_threshold
+
+
+def temperature(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    return scores / settings.temperature
+
+
+def top_k(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    """Fan et al. 2018. Ties with the k-th score stay, as in transformers."""
+    k = jnp.minimum(settings.top_k, scores.shape[-1])
+    return jnp.where(scores >= kth_largest(scores, k), scores, NEVER)
+
+
+def top_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    """Holtzman et al. 2020: keeps a token while the mass above it is less than top_p; ties stay together."""
+    p = jax.nn.softmax(scores, axis=-1)
+    return jnp.where(scores >= mass_threshold(scores, p, settings.top_p), scores, NEVER)
+
+
+def min_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    """Nguyen et al. 2024."""
+    p = jax.nn.softmax(scores, axis=-1)
+    return jnp.where(p >= settings.min_p * p.max(-1, keepdims=True), scores, NEVER)
+
+
+def typical_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    """Meister et al. 2022: the tokens whose surprise is nearest to the entropy, up to the mass typical_p."""
+    log_p = jax.nn.log_softmax(scores, axis=-1)
+    p = jnp.exp(log_p)
+    entropy = -jnp.where(p > 0, p * log_p, 0.0).sum(-1, keepdims=True)
+    nearness = -jnp.abs(-log_p - entropy)
+    return jnp.where(nearness >= mass_threshold(nearness, p, settings.typical_p), scores, NEVER)
