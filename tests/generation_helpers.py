@@ -120,7 +120,8 @@ def _continuation(tokens: np.ndarray, scores: np.ndarray, options: dict[str, Any
     after = np.cumsum(ended, axis=1) - ended > 0
     scores[after] = np.nan
     best = np.sort(scores, axis=-1)[..., ::-1]
-    near = best[..., 0] - best[..., 1] < TOLERANCE * np.abs(np.where(np.isfinite(scores), scores, 0)).max()
+    usual = np.isfinite(scores) & (scores > np.finfo(np.float32).min)
+    near = best[..., 0] - best[..., 1] < TOLERANCE * np.abs(np.where(usual, scores, 0)).max()
     sure = np.where(near.any(1), near.argmax(1), tokens.shape[1])
     return Continuation(tokens, scores, sure)
 

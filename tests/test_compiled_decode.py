@@ -12,7 +12,7 @@ import optjax
 from optjax.cache import init_cache
 from optjax.generation.decode import _decode_step
 from optjax.generation.loop import run_generate
-from optjax.generation.options import as_settings
+from optjax.generation.settings import as_settings
 
 # Two layers of OPT-125m's width. Numbers of elements tell the cache's buffers, the weights and all else apart.
 CONFIG = optjax.OPTConfig.preset("opt-125m", num_hidden_layers=2, vocab_size=4096)

@@ -81,7 +81,7 @@ def main() -> None:
     import optjax
     from optjax.generation.decode import _decode_step
     from optjax.generation.loop import run_generate
-    from optjax.generation.options import as_settings
+    from optjax.generation.settings import as_settings
     from optjax.sharding import make_mesh
 
     chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]

@@ -10,7 +10,7 @@ from compilations import count_compilations
 from generation_helpers import CONFIG
 
 import optjax
-from optjax.generation.options import as_settings
+from optjax.generation.settings import as_settings
 
 IDS = np.array([[5, 6, 7], [8, 9, 10]])
 KEY = jax.random.key(0)
@@ -47,7 +47,22 @@ OPTIONS = [
     *[(dict(top_p=x), "top_p should be above 0 and at most 1") for x in (0, 1.1, -0.5, 1e-60, False)],
     *[(dict(typical_p=x), "typical_p should be above 0 and at most 1") for x in (0, 1.1)],
     *[(dict(min_p=x), "min_p should be from 0 to 1") for x in (-0.1, 1.01)],
+    *[
+        (dict([(name, x)]), f"{name} should be at least 0 and below 1")
+        for name in ("epsilon_cutoff", "eta_cutoff")
+        for x in (1, -0.1, "0.1")
+    ],
+    (dict(encoder_repetition_penalty=0), "encoder_repetition_penalty should be above 0"),
+    *[
+        (
+            dict(exponential_decay_length_penalty=x),
+            "exponential_decay_length_penalty should be (tokens, factor above 0)",
+        )
+        for x in (3, (3,), (2.5, 1.1), (-1, 1.1), (3, 0), (3, "1"), (3, float("nan")))
+    ],
     # counts
+    (dict(encoder_no_repeat_ngram_size=-1), "encoder_no_repeat_ngram_size should be an integer of at least 0"),
+    (dict(min_length=1.5), "min_length should be an integer of at least 0"),
     *[(dict(top_k=x), "top_k should be an integer of at least 0") for x in (-1, 2.5, "5", True)],
     *[(dict(no_repeat_ngram_size=x), "no_repeat_ngram_size should be an integer of at least 0") for x in (-1, 1.0)],
     *[(dict(min_new_tokens=x), "min_new_tokens should be an integer of at least 0") for x in (-1, "3")],
@@ -55,6 +70,8 @@ OPTIONS = [
     # flags
     (dict(do_sample=1), "do_sample should be True or False, not 1"),
     (dict(do_sample="yes"), "do_sample should be True or False"),
+    (dict(renormalize_logits=1), "renormalize_logits should be True or False, not 1"),
+    (dict(remove_invalid_values=0), "remove_invalid_values should be True or False, not 0"),
     # ids
     *[
         (dict(eos_token_id=x), "eos_token_id holds", "the vocabulary of 47")
@@ -66,7 +83,32 @@ OPTIONS = [
     (dict(suppress_tokens=range(47)), "suppress_tokens leaves no token at all"),
     *[(dict(bad_words_ids=x), "bad_words_ids should be a list of lists") for x in ([3], 3, [[]], [[1], []], "ab")],
     *[(dict(bad_words_ids=x), "bad_words_ids holds", "the vocabulary of 47") for x in ([[47]], [[1, -2]], [[1.0]])],
+    (dict(begin_suppress_tokens=range(30), suppress_tokens=range(30, 47)), "begin_suppress_tokens leaves no token"),
+    (dict(forced_bos_token_id=47), "forced_bos_token_id holds 47"),
+    (dict(forced_eos_token_id=[2, 47]), "forced_eos_token_id holds 47"),
+    *[
+        (dict(sequence_bias=x), "sequence_bias should be a dict from tuples of ids to numbers")
+        for x in (
+            {},
+            [],
+            {3: 1.0},
+            {(): 1.0},
+            {(1,): "1"},
+            {(1,): float("nan")},
+            {(1,): float("inf")},
+            [[1, 2]],
+            [3],
+            5,
+        )
+    ],
+    (dict(sequence_bias={(3, 47): 1.0}), "sequence_bias holds 47"),
+    # functions
+    *[(dict(logits_processor=x), "logits_processor should be a function") for x in (3, [3], "f", [[]])],
+    (dict(logits_processor=lambda ids, scores: scores[:, :3]), "scores of shape (2, 47)", "float32 (2, 3)"),
+    (dict(logits_processor=lambda ids, scores: None), "scores of shape (2, 47)", "NoneType"),
     # together
+    (dict(min_length=5, min_new_tokens=3), "min_new_tokens=3 and min_length=5", "give one"),
+    (dict(exponential_decay_length_penalty=(3, 1.1), eos_token_id=[]), "needs an end of sequence"),
     (dict(num_return_sequences=2), "num_return_sequences=2 without do_sample=True"),
     (dict(do_sample=True), "do_sample=True needs a key"),
     (dict(do_sample=True, key=0), "expected a PRNG key"),

@@ -13,7 +13,7 @@ import optjax
 from optjax.cache import reorder_cache
 from optjax.generation.api import bucket
 from optjax.generation.loop import run_generate
-from optjax.generation.options import as_settings
+from optjax.generation.settings import as_settings
 
 V = CONFIG.vocab_size
 
@@ -96,14 +96,16 @@ GREEDY = [
 PROCESSED = [
     dict(
         max_new_tokens=n, repetition_penalty=p, no_repeat_ngram_size=2, bad_words_ids=[[a], [a, 3]],
-        min_new_tokens=n // 2, suppress_tokens=list(range(a)), eos_token_id=[a, 4],
+        min_new_tokens=n // 2, suppress_tokens=list(range(a)), eos_token_id=[a, 4], sequence_bias={(a,): p, (2, a): -p},
+        encoder_repetition_penalty=p + 1, encoder_no_repeat_ngram_size=3, forced_bos_token_id=a, forced_eos_token_id=a,
+        begin_suppress_tokens=[n], exponential_decay_length_penalty=(a, p), remove_invalid_values=True,
     )
     for n, p, a in [(9, 1.2, 5), (16, 0.7, 30), (2, 2, 9)]
 ]  # fmt: skip
 SAMPLED = [
     dict(
         max_new_tokens=n, do_sample=True, temperature=t, top_k=k, top_p=p, min_p=m, typical_p=y, num_return_sequences=2,
-        key=jax.random.key(n),
+        key=jax.random.key(n), epsilon_cutoff=m / 2 + 1e-9, eta_cutoff=p / 2,
     )
     for n, t, k, p, m, y in [(9, 0.7, 50, 0.9, 0.1, 0.9), (16, 5, 1, 0.1, 0, 0.2), (2, 1e-3, 10**9, 0.999, 1, 0.99)]
 ]  # fmt: skip

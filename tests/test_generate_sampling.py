@@ -20,6 +20,7 @@ DRAWS = 4096
 # Settings that leave all but nothing out: with every warper in the program, numbers alone tell the cases apart, and one
 # compilation serves them all.
 NEUTRAL = dict(temperature=0.9999999, top_k=V, top_p=0.9999999, min_p=0.0, typical_p=0.9999999)
+NEUTRAL |= dict(epsilon_cutoff=1e-9, eta_cutoff=1e-9)
 CASES = {
     "neutral": {},
     "temperature": dict(temperature=0.6),
@@ -28,7 +29,9 @@ CASES = {
     "top_p": dict(top_p=0.7),
     "min_p": dict(min_p=0.05),
     "typical_p": dict(typical_p=0.6),
-    "all": dict(temperature=1.8, top_k=12, top_p=0.9, min_p=0.02, typical_p=0.95),
+    "epsilon_cutoff": dict(epsilon_cutoff=0.03),
+    "eta_cutoff": dict(eta_cutoff=0.1),
+    "all": dict(temperature=1.8, top_k=12, top_p=0.9, min_p=0.02, typical_p=0.95, eta_cutoff=0.001),
 }
 
 
@@ -48,6 +51,8 @@ def distribution(model, options) -> np.ndarray:
         hf.TopPLogitsWarper(options["top_p"]),
         hf.MinPLogitsWarper(options["min_p"]),
         hf.TypicalLogitsWarper(options["typical_p"]),
+        hf.EpsilonLogitsWarper(options["epsilon_cutoff"]),
+        hf.EtaLogitsWarper(options["eta_cutoff"]),
     ]
     for warper in chain:
         logits = warper(torch.zeros((1, 1), dtype=torch.long), logits)
@@ -126,8 +131,10 @@ def prompts():
 
 SAMPLING = dict(
     do_sample=True, temperature=1.5, top_k=30, top_p=0.95, min_p=0.001, typical_p=0.97, max_new_tokens=9,
+    epsilon_cutoff=1e-4, eta_cutoff=1e-3, encoder_repetition_penalty=0.9, encoder_no_repeat_ngram_size=3,
     repetition_penalty=1.1, no_repeat_ngram_size=3, min_new_tokens=2, bad_words_ids=[[4], [5, 6]], suppress_tokens=[9],
-    eos_token_id=[2, 20, 33],
+    sequence_bias={(7,): -1.0, (8, 9): 2.0}, forced_bos_token_id=12, begin_suppress_tokens=[13],
+    exponential_decay_length_penalty=(3, 1.1), renormalize_logits=True, eos_token_id=[2, 20, 33],
 )  # fmt: skip
 
 
@@ -186,7 +193,7 @@ def test_num_return_sequences(pair, prompts):
 
 
 def test_sampling_options_do_nothing_without_do_sample(pair, prompts):
-    options = dict(temperature=9.0, top_k=1, top_p=0.1, min_p=0.5, typical_p=0.1, key=jax.random.key(0))
+    options = dict(temperature=9.0, top_k=1, top_p=0.1, min_p=0.5, typical_p=0.1, eta_cutoff=0.9, key=jax.random.key(0))
     plain = optjax.generate(pair[1], *prompts, max_new_tokens=4)
     same = optjax.generate(pair[1], *prompts, max_new_tokens=4, **options)
     np.testing.assert_array_equal(plain, same)

@@ -12,8 +12,8 @@ from transformers.generation import logits_process as hf
 
 import optjax
 from optjax.generation.history import new_history
-from optjax.generation.options import as_settings
 from optjax.generation.processors import process
+from optjax.generation.settings import as_settings
 from optjax.generation.thresholds import kth_largest, mass_threshold
 
 OFF = {"top_k": 0}
@@ -63,6 +63,8 @@ WARPERS = {
     "top_p": (hf.TopPLogitsWarper, [1e-4, 0.1, 0.5, 0.9, 0.99]),
     "min_p": (hf.MinPLogitsWarper, [0.0, 0.003, 0.1, 0.5, 1.0]),
     "typical_p": (hf.TypicalLogitsWarper, [1e-4, 0.2, 0.5, 0.9, 0.99]),
+    "epsilon_cutoff": (hf.EpsilonLogitsWarper, [1e-4, 0.02, 0.3, 0.99]),
+    "eta_cutoff": (hf.EtaLogitsWarper, [1e-4, 0.02, 0.3, 0.99]),
 }
 CASES = [(name, value) for name, (_, values) in WARPERS.items() for value in values]
 
@@ -71,7 +73,7 @@ CASES = [(name, value) for name, (_, values) in WARPERS.items() for value in val
 def test_same_as_transformers(option, value):
     """Exactly the same tokens kept, with exactly the same scores."""
     for kind, logits in rows_of_all_kinds().items():
-        if option in ("min_p", "typical_p") and kind == "small":
+        if option in ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff") and kind == "small":
             continue  # all equally probable but for rounding, which differs
         mine, other = ours(logits, **{option: value}), theirs(WARPERS[option][0](value), logits)
         kept = np.isfinite(mine)
@@ -83,7 +85,7 @@ def test_same_as_transformers(option, value):
             np.testing.assert_array_equal(mine[kept], logits[kept], err_msg=kind)
 
 
-@pytest.mark.parametrize("option, value", [case for case in CASES if case[0] in ("top_k", "min_p")])
+@pytest.mark.parametrize("option, value", [case for case in CASES if case[0] in ("top_k", "min_p", "epsilon_cutoff")])
 def test_ties_as_transformers(option, value):
     logits = tied_rows()
     kept = np.isfinite(ours(logits, **{option: value}))
@@ -124,6 +126,7 @@ def test_order_and_history_as_transformers():
     prompts = random_prompts(rng, 12, CONFIG.vocab_size, 10)
     ids, mask = pad(prompts, "holes", rng, CONFIG.vocab_size)
     options = dict(temperature=1.5, top_k=20, top_p=0.9, min_p=0.01, typical_p=0.8, repetition_penalty=1.2)
+    options |= dict(epsilon_cutoff=0.01, eta_cutoff=0.05, renormalize_logits=True)
     out = optjax.generate(
         params, ids, mask, max_new_tokens=8, do_sample=True, key=jax.random.key(0), eos_token_id=[],
         return_dict_in_generate=True, output_scores=True, **options,
@@ -137,6 +140,9 @@ def test_order_and_history_as_transformers():
             hf.TopPLogitsWarper(0.9),
             hf.MinPLogitsWarper(0.01),
             hf.TypicalLogitsWarper(0.8),
+            hf.EpsilonLogitsWarper(0.01),
+            hf.EtaLogitsWarper(0.05),
+            hf.LogitNormalization(),
         ]
     )
     new = np.asarray(out.sequences)[:, ids.shape[1] :]

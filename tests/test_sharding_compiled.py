@@ -13,7 +13,7 @@ import pytest
 import optjax
 from optjax.generation.decode import _decode_step
 from optjax.generation.loop import run_generate
-from optjax.generation.options import as_settings
+from optjax.generation.settings import as_settings
 from optjax.sharding import RULES, make_mesh
 from optjax.sharding.plan.collectives import collectives
 from optjax.sharding.plan.generation import abstract_cache

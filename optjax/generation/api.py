@@ -15,7 +15,9 @@ from optjax.cache import Cache
 from optjax.generation.decode import check_rows_not_empty
 from optjax.generation.history import History
 from optjax.generation.loop import Choice, State, advance, run_generate, start
-from optjax.generation.options import Options, Settings, as_settings
+from optjax.generation.options import Options
+from optjax.generation.processors import check_own_processors
+from optjax.generation.settings import Settings, as_settings
 from optjax.params import Params, as_key
 from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, is_concrete
@@ -173,7 +175,9 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
             f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, more "
             f"than max_position_embeddings = {limit}; shorten the prompt or ask for at most {max(limit - longest, 0)}"
         )
-    settings = as_settings(config, options)
+    settings = as_settings(config, options, int(max_new_tokens))
+    columns = bucket(ids.shape[1]) + bucket(int(max_new_tokens))
+    check_own_processors(settings, ids.shape[0], columns, config.vocab_size)
     if not settings.do_sample:
         key = None
     elif key is None:

@@ -16,8 +16,8 @@ from optjax.cache import Cache, init_cache, reorder_cache
 from optjax.generation.decode import next_logits
 from optjax.generation.draw import draw, most_probable
 from optjax.generation.history import History, new_history
-from optjax.generation.options import Settings
 from optjax.generation.processors import process
+from optjax.generation.settings import Settings
 from optjax.heads import lm_logits
 from optjax.model import Inputs, decoder
 from optjax.params import Params, unstack_layers

@@ -69,6 +69,53 @@ class Reader:
             return []
         return [self.ids_in(name, each) for each in lists]
 
+    def biases(self, name: str) -> dict[tuple[int, ...], float]:
+        """``{(id, …): bias}``, or the same as pairs; of equal sequences the last counts, as in a dict."""
+        value = plain(self.options.get(name))
+        if value is None:
+            return {}
+        pairs = list(value.items()) if isinstance(value, Mapping) else value
+        found: dict[tuple[int, ...], float] = {}
+        for pair in pairs if isinstance(pairs, _LISTS) and pairs else [None]:
+            ids, bias = plain(pair) if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
+            bias = plain(bias)
+            # -inf forbids; what is not a number, or forces, would leave nothing to choose by.
+            real = isinstance(bias, int | float) and not isinstance(bias, bool) and (bias < 1e30)
+            if not isinstance(plain(ids), _LISTS) or not plain(ids) or not real:
+                wanted = "a dict from tuples of ids to numbers, or a list of [[id, …], bias]"
+                self.problems.append(f"{name} should be {wanted}, not {value!r}")
+                return {}
+            found[tuple(self.ids_in(name, ids))] = float(bias)
+        return {ids: bias for ids, bias in found.items() if ids}
+
+    def pair(self, name: str) -> tuple[int, float] | None:
+        """A count and a number above 0."""
+        value = plain(self.options.get(name))
+        if value is None:
+            return None
+        start: Any = None
+        factor: Any = None
+        if isinstance(value, list | tuple) and len(value) == 2:
+            start, factor = map(plain, value)
+        counted = isinstance(start, int) and not isinstance(start, bool) and start >= 0
+        if not counted or not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < 1e30:
+            self.problems.append(f"{name} should be (tokens, factor above 0) such as (20, 1.05), not {value!r}")
+            return None
+        return int(start), float(factor)
+
+    def functions(self, name: str) -> tuple[Callable[..., Any], ...]:
+        """One function or several."""
+        value = self.options.get(name)
+        if value is None:
+            return ()
+        listed = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(callable(each) and _hashable(each) for each in listed):
+            self.problems.append(
+                f"{name} should be a function (ids, scores) -> scores that can be hashed, not {value!r}"
+            )
+            return ()
+        return listed
+
     def ids_in(self, name: str, value: Any) -> list[int]:
         value = plain(value)
         listed = value if isinstance(value, _LISTS) else (value,)
@@ -86,6 +133,14 @@ _LISTS = (list, tuple, set, frozenset, range)
 def plain(value: Any) -> Any:
     """Arrays and numpy's numbers as Python's."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _unknown(name: str, known: Collection[str]) -> str:

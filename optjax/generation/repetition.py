@@ -6,22 +6,41 @@ import jax
 import jax.numpy as jnp
 
 from optjax.generation.history import NEVER, History
-from optjax.generation.options import Settings
+from optjax.generation.settings import Settings
+
+
+def encoder_repetition_penalty(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    assert history.prompt is not None  # kept where there is a penalty: see new_history
+    return _penalize(scores, history.prompt, 1 / settings.encoder_repetition_penalty)
 
 
 def repetition_penalty(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
-    penalty, seen = settings.repetition_penalty, history.seen
-    assert seen is not None  # kept where there is a penalty: see new_history
-    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+    assert history.seen is not None  # kept where there is a penalty: see new_history
+    return _penalize(scores, history.seen, settings.repetition_penalty)
+
+
+def _penalize(scores: jax.Array, ids: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Keskar et al. 2019, for the ids ``[B, V]`` bool."""
+    return jnp.where(ids, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def no_repeat_ngram(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
     """Bans each token that would complete an n-gram the row holds already."""
-    n, tokens = settings.no_repeat_ngram_size, history.tokens
+    return _ban_completions(settings.no_repeat_ngram_size, history, history.count, scores)
+
+
+def encoder_no_repeat_ngram(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    """Bans each token that would complete an n-gram of the row's prompt."""
+    return _ban_completions(settings.encoder_no_repeat_ngram_size, history, history.count - history.new, scores)
+
+
+def _ban_completions(n: int, history: History, end: jax.Array, scores: jax.Array) -> jax.Array:
+    """Of n-grams in the columns before ``end``."""
+    tokens = history.tokens
     b, s = tokens.shape
     columns = jnp.arange(s)
     # An n-gram that ends in column c is complete where all of it is real and c is filled.
-    ends = (columns >= history.first[:, None] + n - 1) & (columns < history.count)
+    ends = (columns >= history.first[:, None] + n - 1) & (columns < end)
     tail = jnp.take(tokens, history.count - jnp.arange(1, n), axis=1, mode="clip")
     for back in range(1, n):
         ends &= jnp.roll(tokens, back, axis=1) == tail[:, back - 1, None]

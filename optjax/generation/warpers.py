@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.generation.history import NEVER, History
-from optjax.generation.options import Settings
+from optjax.generation.settings import Settings
 from optjax.generation.thresholds import kth_largest, mass_threshold
 
 
@@ -39,3 +39,20 @@ def typical_p(settings: Settings, history: History, scores: jax.Array) -> jax.Ar
     entropy = -jnp.where(p > 0, p * log_p, 0.0).sum(-1, keepdims=True)
     nearness = -jnp.abs(-log_p - entropy)
     return jnp.where(nearness >= mass_threshold(nearness, p, settings.typical_p), scores, NEVER)
+
+
+def epsilon_cutoff(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    """Hewitt et al. 2022, truncation by probability; the most probable token stays."""
+    return _cut(scores, jax.nn.softmax(scores, axis=-1), settings.epsilon_cutoff)
+
+
+def eta_cutoff(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
+    """Hewitt et al. 2022: the bound falls where the entropy is high; the most probable token stays."""
+    log_p = jax.nn.log_softmax(scores, axis=-1)
+    p, epsilon = jnp.exp(log_p), settings.eta_cutoff
+    entropy = -jnp.where(p > 0, p * log_p, 0.0).sum(-1, keepdims=True)
+    return _cut(scores, p, jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy)))
+
+
+def _cut(scores: jax.Array, p: jax.Array, least: jax.Array) -> jax.Array:
+    return jnp.where((p >= least) | (scores >= scores.max(-1, keepdims=True)), scores, NEVER)

@@ -1,0 +1,217 @@
+"""`generate`'s options checked and turned into arrays.
+
+A number (a temperature, a penalty) is a traced leaf: changing it compiles nothing. Whether an option is used at all is
+part of the pytree's structure: what is off costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from optjax.config import OPTConfig
+from optjax.generation.options import Options
+from optjax.generation.reader import Reader
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "eos_ids",
+        "pad_id",
+        "min_new_tokens",
+        "min_length",
+        "repetition_penalty",
+        "encoder_repetition_penalty",
+        "bad_words",
+        "sequence_bias",
+        "forced_bos",
+        "forced_eos",
+        "decay",
+        "suppressed",
+        "begin_suppressed",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+    ],
+    meta_fields=[
+        "do_sample",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "remove_invalid_values",
+        "logits_processor",
+        "renormalize_logits",
+        "num_return_sequences",
+        "output_logprobs",
+        "output_scores",
+    ],
+)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Checked `Options` as a pytree. None where an option is off.
+
+    Attributes:
+      eos_ids: ``[n]`` int32.
+      bad_words: ``[n, W]`` int32, each aligned right, -1 before its first id.
+      sequence_bias: such sequences, and their biases ``[n]`` float32.
+      forced_eos: ids ``[n]`` int32, and the number of tokens before the last one.
+      decay: the start and the factor of exponential_decay_length_penalty.
+      suppressed, begin_suppressed: ``[V]`` bool.
+    """
+
+    eos_ids: Any
+    pad_id: Any
+    min_new_tokens: Any = None
+    min_length: Any = None
+    repetition_penalty: Any = None
+    encoder_repetition_penalty: Any = None
+    bad_words: Any = None
+    sequence_bias: Any = None
+    forced_bos: Any = None
+    forced_eos: Any = None
+    decay: Any = None
+    suppressed: Any = None
+    begin_suppressed: Any = None
+    temperature: Any = None
+    top_k: Any = None
+    top_p: Any = None
+    min_p: Any = None
+    typical_p: Any = None
+    epsilon_cutoff: Any = None
+    eta_cutoff: Any = None
+    do_sample: bool = False
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    remove_invalid_values: bool = False
+    logits_processor: tuple[Callable[..., Any], ...] = ()
+    renormalize_logits: bool = False
+    num_return_sequences: int = 1
+    output_logprobs: bool = False
+    output_scores: bool = False
+
+
+def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: int | None = None) -> Settings:
+    """Options as `Settings`; some need to know how many tokens there will be.
+
+    Raises:
+      ValueError: unknown options (with the nearest known name) and impossible values, all of them in one message.
+    """
+    read = Reader(options, Options.__annotations__, config.vocab_size)
+    do_sample, output_scores = read.flag("do_sample"), read.flag("output_scores")
+    samples = read.count("num_return_sequences", 1, low=1)
+    if samples > 1 and not do_sample:
+        read.problems.append(f"num_return_sequences={samples} without do_sample=True would repeat one greedy answer")
+
+    if options.get("eos_token_id") is not None:
+        eos_ids = read.ids("eos_token_id")
+    else:
+        # What the config says may lie outside a small vocabulary: then no token ends a row.
+        eos = config.eos_token_id
+        eos_ids = [i for i in ((eos,) if isinstance(eos, int) else eos or ()) if 0 <= i < config.vocab_size]
+    pad_id = read.one_id("pad_token_id")
+    if pad_id is None:
+        pad_id = config.pad_token_id if config.pad_token_id is not None else (eos_ids or [0])[0]
+
+    sampling = _sampling(read, config)  # checked also where do_sample is off and they do nothing
+    settings = Settings(
+        eos_ids=np.asarray(eos_ids, np.int32),
+        pad_id=np.int32(pad_id),
+        do_sample=do_sample,
+        num_return_sequences=samples,
+        output_scores=output_scores,
+        remove_invalid_values=read.flag("remove_invalid_values"),
+        renormalize_logits=read.flag("renormalize_logits"),
+        logits_processor=read.functions("logits_processor"),
+        **_repetition(read, config),
+        **_sequences(read, eos_ids),
+        **_ends(read, eos_ids, max_new_tokens),
+        **(sampling if do_sample else {}),
+    )
+    if read.problems:
+        raise ValueError("generate cannot do this: " + "; ".join(read.problems))
+    return settings
+
+
+def _sampling(read: Reader, config: OPTConfig) -> dict[str, Any]:
+    unit = "above 0 and at most 1"
+    above = "above 0 (for the most probable token use do_sample=False)"
+    top_k = read.count("top_k", 50, none=0)
+    return {
+        "temperature": read.number("temperature", lambda x: x > 0, above, off=1.0),
+        "top_k": np.int32(min(top_k, config.vocab_size)) if top_k else None,
+        "top_p": read.number("top_p", lambda x: 0 < x <= 1, unit, off=1.0),
+        "min_p": read.number("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
+        "typical_p": read.number("typical_p", lambda x: 0 < x <= 1, unit, off=1.0),
+        "epsilon_cutoff": read.number("epsilon_cutoff", lambda x: 0 <= x < 1, "at least 0 and below 1", off=0.0),
+        "eta_cutoff": read.number("eta_cutoff", lambda x: 0 <= x < 1, "at least 0 and below 1", off=0.0),
+    }
+
+
+def _repetition(read: Reader, config: OPTConfig) -> dict[str, Any]:
+    def ngram(name: str) -> int:
+        n = read.count(name, 0)
+        # A longer n-gram does not fit into a row, let alone twice.
+        return n if n <= config.max_position_embeddings else 0
+
+    return {
+        "repetition_penalty": read.number("repetition_penalty", lambda x: x > 0, "above 0", off=1.0),
+        "encoder_repetition_penalty": read.number("encoder_repetition_penalty", lambda x: x > 0, "above 0", off=1.0),
+        "no_repeat_ngram_size": ngram("no_repeat_ngram_size"),
+        "encoder_no_repeat_ngram_size": ngram("encoder_no_repeat_ngram_size"),
+    }
+
+
+def _sequences(read: Reader, eos_ids: list[int]) -> dict[str, Any]:
+    bad = [word for word in read.lists_of_ids("bad_words_ids") if not (len(word) == 1 and word[0] in eos_ids)]
+    biased = read.biases("sequence_bias")
+    biases = np.asarray(list(biased.values()), np.float32)
+    suppressed, at_first = (
+        np.isin(np.arange(read.vocab_size), read.ids(name)) for name in ("suppress_tokens", "begin_suppress_tokens")
+    )
+    if suppressed.all():
+        read.problems.append("suppress_tokens leaves no token at all")
+    elif (suppressed | at_first).all():
+        read.problems.append("begin_suppress_tokens leaves no token at all")
+    return {
+        "bad_words": _right_aligned(bad) if bad else None,
+        "sequence_bias": (_right_aligned([list(ids) for ids in biased]), biases) if biased else None,
+        "suppressed": suppressed if suppressed.any() else None,
+        "begin_suppressed": at_first if at_first.any() else None,
+    }
+
+
+def _ends(read: Reader, eos_ids: list[int], max_new_tokens: int | None) -> dict[str, Any]:
+    at_least, in_all = read.count("min_new_tokens", 0), read.count("min_length", 0)
+    if at_least and in_all:
+        read.problems.append(f"min_new_tokens={at_least} and min_length={in_all} say the same thing twice; give one")
+    forced_bos, forced_eos = read.one_id("forced_bos_token_id"), read.ids("forced_eos_token_id")
+    if forced_eos and max_new_tokens is None:
+        read.problems.append("forced_eos_token_id needs to know max_new_tokens")
+    decay = read.pair("exponential_decay_length_penalty")
+    if decay is not None and not eos_ids:
+        read.problems.append("exponential_decay_length_penalty needs an end of sequence: give eos_token_id")
+
+    def tokens(n: int) -> np.int32:
+        return np.int32(min(n, 2**31 - 1))
+
+    return {
+        "min_new_tokens": tokens(at_least) if at_least and eos_ids else None,
+        "min_length": tokens(in_all) if in_all and eos_ids else None,
+        "forced_bos": None if forced_bos is None else np.int32(forced_bos),
+        "forced_eos": (np.asarray(forced_eos, np.int32), tokens((max_new_tokens or 1) - 1)) if forced_eos else None,
+        "decay": None if decay is None else (tokens(decay[0]), np.float32(decay[1])),
+    }
+
+
+def _right_aligned(words: list[list[int]]) -> np.ndarray:
+    width = max(map(len, words))
+    return np.array([[-1] * (width - len(word)) + word for word in words], np.int32)
