@@ -17,6 +17,7 @@ import pytest
 import optjax
 from optjax.cli import main
 from optjax.cli.arguments import COMMANDS, parse
+from optjax.cli.stop import StopBefore
 
 POSITIONS = 2048
 
@@ -195,6 +196,46 @@ def test_texts_end_at_eos(run, model):
         json.loads(line) for line in run("generate", "the", *words, "--jsonl", "--ignore-eos").out.split("\n")[:-1]
     ]
     assert {(line["finish_reason"], line["tokens"]) for line in lines} == {("length", 64)}
+
+
+def test_stop(run, model):
+    """Texts end before the string that comes first, in JSON lines and as they come; and not without it."""
+    words = ("generate", "the", "--model", model, "--seed", 3, "-n", 64, "--ignore-eos", "-q")
+    [line] = run(*words, "--jsonl").out.split("\n")[:-1]
+    whole = json.loads(line)["text"]
+    pieces = re.findall("[!-[]{2}", whole)
+    late, soon = pieces[-1], pieces[len(pieces) // 2]
+    assert whole.find(soon) < whole.find(late)
+    for options in (["--stop", late], ["--stop", late, "--stop", soon], ["--stop", "not there"]):
+        stops = [word for word in options if word != "--stop"]
+        end = min((at + len(stop), at) for stop in [*stops, whole] if (at := whole.find(stop)) >= 0)[1] or len(whole)
+        [line] = run(*words, *options, "--jsonl").out.split("\n")[:-1]
+        line = json.loads(line)
+        assert line["text"] == whole[:end] and line["finish_reason"] == ("stop" if end < len(whole) else "length")
+        assert run(*words, *options).out == "the" + whole[:end] + "\n"
+    assert run("generate", "the", "--stop", "").status == 2
+
+
+def test_stop_before_by_brute_force():
+    """Pieces of a text of few letters: nothing is shown that might be cut off, and nothing is lost."""
+    rng = np.random.default_rng(0)
+    cuts = 0
+    for _ in range(500):
+        text = "".join(rng.choice(list("ab\n"), 20))
+        stops = ["".join(rng.choice(list("ab\n"), rng.integers(1, 6))) for _ in range(rng.integers(1, 4))]
+        begin = int(rng.integers(0, 6))
+        cut, shown, at = StopBefore(stops, text[:begin]), "", begin
+        while at < len(text):
+            step = int(rng.integers(1, 4))
+            shown += cut.push(text[at : at + step])
+            at += step
+        shown += cut.finish()
+        ends = [(end, -len(stop)) for end in range(begin + 1, 21) for stop in stops if text[:end].endswith(stop)]
+        ends = [(end, size) for end, size in ends if end + size >= 0]
+        expected = text[begin : max(begin, sum(min(ends)))] if ends else text[begin:]
+        assert (shown, cut.stopped) == (expected, bool(ends)), (text, stops, begin)
+        cuts += cut.stopped
+    assert 100 < cuts < 490
 
 
 def test_without_a_prompt_there_is_a_sample(run):

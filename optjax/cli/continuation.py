@@ -18,6 +18,7 @@ import optjax
 from optjax.cli import terminal
 from optjax.cli.compilation_cache import keep_compiled_programs
 from optjax.cli.generate import MODEL, TOKENS, describe_sampling
+from optjax.cli.stop import StopBefore
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Continuation:
         self.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
         # Rows of the embedding that the tokenizer cannot decode must not come (transformers issue 18268).
         self.options: dict[str, Any] = options | {"suppress_tokens": self.tokenizer.unused_ids(self.config.vocab_size)}
+        if "stop_strings" in options:
+            self.options["tokenizer"] = self.tokenizer
         self.stats = Stats()
         if not arguments.quiet:
             terminal.note(self._title(dtype))
@@ -123,27 +126,32 @@ class Continuation:
     def _write_as_it_comes(self, prompt: str, steps: Iterator[np.ndarray]) -> None:
         if self.arguments.echo:
             terminal.write(prompt, style="1")
-        decoder = self.tokenizer.stream_decoder()
+        decoder, cut = self.tokenizer.stream_decoder(), StopBefore(self.options.get("stop_strings", ()), prompt)
         for [token] in steps:
             self.stats.tokens += 1
-            terminal.write(decoder.push(int(token)))
-        terminal.write(decoder.finish() + "\n")
+            terminal.write(cut.push(decoder.push(int(token))))
+        terminal.write(cut.push(decoder.finish()) + cut.finish() + "\n")
 
     def _write_when_done(self, prompts: list[str], steps: Iterator[np.ndarray], done: int, total: int) -> None:
         samples = self.arguments.num_return_sequences
         rows: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+        stops = self.options.get("stop_strings", ())
+        cuts = [StopBefore(stops, prompt) for prompt in prompts for _ in range(samples)]
+        decoders = [self.tokenizer.stream_decoder() for _ in rows]
+        texts = [""] * len(rows)
         for step, tokens in enumerate(steps, 1):
-            for row, token in zip(rows, tokens, strict=True):
-                if not self._has_ended(row):
-                    row.append(int(token))
+            for i, token in enumerate(tokens):
+                if not cuts[i].stopped and not self._has_ended(rows[i]):
+                    rows[i].append(int(token))
+                    texts[i] += cuts[i].push(decoders[i].push(int(token)))
             if not self.arguments.quiet:
                 terminal.status(f"{done} of {total} texts done; token {step} of the next {len(rows)}")
         terminal.status("")
         self.stats.tokens += sum(map(len, rows))
         for i, row in enumerate(rows):
-            prompt, text = prompts[i // samples], self.tokenizer.decode(row)
+            prompt, text = prompts[i // samples], texts[i] + cuts[i].push(decoders[i].finish()) + cuts[i].finish()
             if self.arguments.jsonl:
-                reason = "eos" if self._has_ended(row) else "length"
+                reason = "stop" if cuts[i].stopped else "eos" if self._has_ended(row) else "length"
                 line = {"prompt": prompt, "text": text, "tokens": len(row), "finish_reason": reason}
                 terminal.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:

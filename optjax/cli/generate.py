@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from optjax.cli.arguments import DTYPES, add_revision, count, seed
@@ -24,6 +25,7 @@ examples:
   optjax generate --model facebook/opt-350m --greedy "The capital of France is"
   optjax generate --model ./my-checkpoint --num-return-sequences 3 "Dear Sir,"
   optjax generate --model facebook/opt-30b --mesh tensor=8 "The sea"
+  optjax generate --stop "\\n\\n" "Question: why is the sea salt?\\nAnswer:"
   echo "It was a dark night" | optjax generate
   optjax generate --file prompts.txt --jsonl > answers.jsonl
 
@@ -65,6 +67,8 @@ def _add_length(group: Any) -> None:
     text = f"most tokens to add (default: {TOKENS}, or what the model has room for)"
     add("-n", "--max-new-tokens", type=count, metavar="N", help=text)
     add("--min-new-tokens", type=int, default=0, metavar="N", help="no end before this many")
+    text = r"end a text before TEXT; may be given several times (\n, \t and \\ stand for what they do in C)"
+    add("--stop", action="append", type=_unescaped, metavar="TEXT", help=text)
     add = group.add_mutually_exclusive_group().add_argument
     text = "a text ends where the model ends it (the default)"
     add("--stop-at-eos", dest="stop_at_eos", action="store_true", default=True, help=text)
@@ -93,7 +97,11 @@ def _add_choosing(group: Any) -> None:
 def _add_output(group: Any) -> None:
     add = group.add_argument
     add("--no-echo", dest="echo", action="store_false", help="print only what is new, without the prompt")
-    add("--jsonl", action="store_true", help="a JSON object a line: prompt, text, tokens, finish_reason")
+    add(
+        "--jsonl",
+        action="store_true",
+        help="a JSON object a line: prompt, text, tokens, finish_reason (eos, stop or length)",
+    )
     add("--batch-size", type=count, default=8, metavar="N", help="prompts of a file computed at once (default: 8)")
     told = group.add_mutually_exclusive_group()
     told.add_argument("--stats", action="store_true", help="speed on standard error also where that is no terminal")
@@ -136,7 +144,17 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     options |= {name: given[name] for name in others if given[name] is not None}
     if not arguments.stop_at_eos:
         options["eos_token_id"] = []
+    if arguments.stop:
+        options["stop_strings"] = arguments.stop
     return options
+
+
+def _unescaped(text: str) -> str:
+    r"""A stop string as it is typed: a shell makes no line breaks of ``\n``."""
+    if not text:
+        raise argparse.ArgumentTypeError("should hold one character at least")
+    known = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda match: known[match[1]], text)
 
 
 def describe_sampling(options: dict[str, Any], seed: int) -> str:

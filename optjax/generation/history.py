@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from optjax.generation.settings import Settings
+from optjax.generation.stop_strings import search_prompts
 
 # The score of what may not come.
 NEVER = -jnp.inf
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["tokens", "first", "count", "new", "seen", "prompt"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "first", "count", "new", "seen", "prompt", "stop"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class History:
@@ -28,6 +31,7 @@ class History:
       new: int32 scalar, tokens generated.
       seen: ``[B, V]`` bool, the ids that a row holds; None where no processor asks.
       prompt: ``[B, V]`` bool, the ids of its prompt; None where no processor asks.
+      stop: ``[B]`` int32, how far each row is in a stop string; None where there is none.
     """
 
     tokens: jax.Array
@@ -36,6 +40,7 @@ class History:
     new: jax.Array
     seen: jax.Array | None
     prompt: jax.Array | None = None
+    stop: jax.Array | None = None
 
     def append(self, token: jax.Array) -> History:
         """With one more token ``[B]`` in each row."""
@@ -59,4 +64,5 @@ def new_history(ids: jax.Array, mask: jax.Array, room: int, vocab_size: int, set
         new=jnp.int32(0),
         seen=None if settings.repetition_penalty is None else held(),
         prompt=None if settings.encoder_repetition_penalty is None else held(),
+        stop=None if settings.stop is None else search_prompts(settings.stop, ids, mask),
     )

@@ -18,6 +18,7 @@ from optjax.generation.draw import draw, most_probable
 from optjax.generation.history import History, new_history
 from optjax.generation.processors import process
 from optjax.generation.settings import Settings
+from optjax.generation.stop_strings import find_stops
 from optjax.heads import lm_logits
 from optjax.model import Inputs, decoder
 from optjax.params import Params, unstack_layers
@@ -143,6 +144,10 @@ def _choose(settings: Settings, key, cache: Cache, history: History, done, logit
         if settings.output_logprobs:
             picked = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=1)[:, 0]
             logprob = jnp.where(done, 0.0, picked)
+        history = history.append(token)
         ended = (token[:, None] == settings.eos_ids[None, :]).any(1)
+        if settings.stop is not None and history.stop is not None:
+            stop, found = find_stops(settings.stop, history.stop, token)
+            history, ended = dataclasses.replace(history, stop=stop), ended | found
         choice = Choice(token, logprob, scores if settings.output_scores else None)
-    return State(cache, history.append(token), choice, done | ended)
+    return State(cache, history, choice, done | ended)

@@ -47,6 +47,9 @@ class Options(TypedDict, total=False):
       suppress_tokens: ids that never come, such as those a tokenizer does not have (Hugging Face #18268).
       eos_token_id: one id, several, or ``[]`` for none; the config's by default.
       pad_token_id: what follows the end of a row; the config's by default.
+      stop_strings: one text or several: a row ends with the token that completes one, wherever tokens begin and end,
+        also one that began in the prompt. Needs ``tokenizer``. The last token may hold more text than the string.
+      tokenizer: the `Tokenizer` of the ids, for stop_strings.
       num_return_sequences: samples a prompt; the prompt is computed once. Needs do_sample where above 1.
       output_scores: keep the processed scores of every step; `generate` only.
     """
@@ -77,5 +80,7 @@ class Options(TypedDict, total=False):
     suppress_tokens: Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
     pad_token_id: int | None
+    stop_strings: str | Sequence[str] | None
+    tokenizer: Any
     num_return_sequences: int
     output_scores: bool

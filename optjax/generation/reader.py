@@ -116,6 +116,23 @@ class Reader:
             return ()
         return listed
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """One text or several, each of one character at least."""
+        value = self.options.get(name)
+        if value is None:
+            return ()
+        listed = tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)
+        for text in listed:
+            if not isinstance(text, str) or not text:
+                self.problems.append(f"{name} should be texts of at least one character, not {text!r}")
+                return ()
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.problems.append(f"{name} holds {text!r}, which UTF-8 cannot write")
+                return ()
+        return tuple(sorted(listed))
+
     def ids_in(self, name: str, value: Any) -> list[int]:
         value = plain(value)
         listed = value if isinstance(value, _LISTS) else (value,)

@@ -17,6 +17,7 @@ import numpy as np
 from optjax.config import OPTConfig
 from optjax.generation.options import Options
 from optjax.generation.reader import Reader
+from optjax.generation.stop_strings import StopTable, stop_table
 
 
 @partial(
@@ -35,6 +36,7 @@ from optjax.generation.reader import Reader
         "decay",
         "suppressed",
         "begin_suppressed",
+        "stop",
         "temperature",
         "top_k",
         "top_p",
@@ -66,6 +68,7 @@ class Settings:
       forced_eos: ids ``[n]`` int32, and the number of tokens before the last one.
       decay: the start and the factor of exponential_decay_length_penalty.
       suppressed, begin_suppressed: ``[V]`` bool.
+      stop: what each token does to the search for stop_strings.
     """
 
     eos_ids: Any
@@ -81,6 +84,7 @@ class Settings:
     decay: Any = None
     suppressed: Any = None
     begin_suppressed: Any = None
+    stop: StopTable | None = None
     temperature: Any = None
     top_k: Any = None
     top_p: Any = None
@@ -122,6 +126,9 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         pad_id = config.pad_token_id if config.pad_token_id is not None else (eos_ids or [0])[0]
 
     sampling = _sampling(read, config)  # checked also where do_sample is off and they do nothing
+    stop_strings = read.texts("stop_strings")
+    if stop_strings and options.get("tokenizer") is None:
+        read.problems.append("stop_strings needs the tokenizer of the ids: tokenizer=")
     settings = Settings(
         eos_ids=np.asarray(eos_ids, np.int32),
         pad_id=np.int32(pad_id),
@@ -138,6 +145,9 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
     )
     if read.problems:
         raise ValueError("generate cannot do this: " + "; ".join(read.problems))
+    if stop_strings:
+        stop = stop_table(stop_strings, options["tokenizer"], config.vocab_size)
+        settings = dataclasses.replace(settings, stop=stop)
     return settings
 
 
