@@ -14,7 +14,7 @@ from optjax.attention import attend, attend_in_blocks, drop
 from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
-from optjax.placed import constrain, constrain_both, gather, platform
+from optjax.placed import cast, constrain, constrain_both, gather, platform
 
 LAYER_NORM_EPS = 1e-5
 # The name of a weight as it is used, for policies of `jax.checkpoint`: cast and gathered again rather than kept.
@@ -89,20 +89,8 @@ def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: 
     """A layer's weights, the matrices in ``dtype``, gathered; in this order, so that fewer bytes travel."""
     if placement is None:
         return weights
-    weights = jax.tree.map(lambda w: _name(_cast(w, dtype)) if w.ndim > 1 else w, weights)
+    weights = jax.tree.map(lambda w: _name(cast(w, dtype)) if w.ndim > 1 else w, weights)
     return jax.tree.map(_name, gather(placement, weights, logical_axes(config)["layers"]))
-
-
-def _cast(weight: jax.Array, dtype: Any) -> jax.Array:
-    """``weight.astype(dtype)``, in a form that the TPU compiler leaves where it is.
-
-    A plain cast of a slice it turns into a slice of a cast of all layers, before the loop: another copy of the weights,
-    whatever `optimization_barrier` says.
-    """
-    if jnp.dtype(dtype).itemsize < weight.dtype.itemsize:
-        info = jnp.finfo(dtype)
-        weight = jax.lax.reduce_precision(weight, info.nexp, info.nmant)
-    return weight.astype(dtype)
 
 
 def _name(weight: jax.Array) -> jax.Array:

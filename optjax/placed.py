@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from optjax.sharding import Placement
@@ -35,3 +36,16 @@ def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
     if isinstance(weights, dict):
         return {name: gather(placement, weight, axes[name]) for name, weight in weights.items()}
     return placement.gather(weights, axes)
+
+
+def cast(weight: jax.Array, dtype: Any) -> jax.Array:
+    """``weight.astype(dtype)``, in a form that the TPU compiler leaves where it is, before the weight is gathered.
+
+    A plain cast it moves: of a gathered weight to after the gather, which then moves float32; of a layer's slice to
+    before the loop over layers, as another copy of all weights, whatever `optimization_barrier` says.
+    """
+    if jnp.dtype(dtype).itemsize < weight.dtype.itemsize:
+        info = jnp.finfo(dtype)
+        weight = jax.lax.reduce_precision(weight, info.nexp, info.nmant)
+        return jax.lax.optimization_barrier(weight.astype(dtype))
+    return weight.astype(dtype)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optjax.config import OPTConfig
 from optjax.declaration import declare
+from optjax.placed import cast
 from optjax.sharding.mesh import AXES, format_mesh
 from optjax.sharding.rules import Rules, as_rules
 
@@ -81,23 +82,44 @@ class Placement:
         stored, gathered = self.sharding(axes), self._gathered(axes)
         return weight if stored == gathered else _gather(weight, stored, gathered)
 
+    def parts(self, rows: int, length: int) -> tuple[int, int]:
+        """Into how many parts `fitting` splits the rows and the lengths of tokens ``[rows, length]``."""
+        sharding = self.fitting((rows, length), ("batch", "length"))
+        here = sharding.shard_shape((rows, length))
+        return rows // here[0], length // here[1]
+
+    def total(self, sums: jax.Array, axes: Axes) -> jax.Array:
+        """The sum of ``[P, Q, …]`` over the `parts`, each summed up where its tokens are, in the sharding of a weight.
+
+        A reduce-scatter; of a sum over all tokens at once the compiler makes an all-reduce, of the whole weight.
+        """
+        parts = self.fitting(sums.shape[:2], ("batch", "length")).spec
+        sums = jax.lax.with_sharding_constraint(sums, self._named([*parts, *self._gathered(axes).spec]))
+        return jax.lax.with_sharding_constraint(sums.sum((0, 1)), self.sharding(axes))
+
     def take(self, table: jax.Array, axes: Axes, index: jax.Array, dtype: Any) -> jax.Array:
         """Rows of a table in ``dtype``, the table gathered as by `gather`; their cotangents are summed in float32."""
         # Not the residual stream's sharding yet: for that the compiler would gather the vocabulary.
         rows = self.fitting((*index.shape, table.shape[-1]), ("batch", "length", None))
-        return _take(table, index, jnp.dtype(dtype), self.sharding(axes), self._gathered(axes), rows)
+        return _take(table, index, jnp.dtype(dtype), self, axes, rows)
 
     def _gathered(self, axes: Axes) -> NamedSharding:
         of_tokens = {*self.mesh_axes("batch"), *self.mesh_axes("length")}
         return self._named(tuple(name for name in self.mesh_axes(axis) if name not in of_tokens) for axis in axes)
 
     def _named(self, entries: Any) -> NamedSharding:
-        spec = [None if not names else names[0] if len(names) == 1 else tuple(names) for names in entries]
+        spec = [names[0] if isinstance(names, tuple) and len(names) == 1 else names or None for names in entries]
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{axis}: {'·'.join(names)}" for axis, names in self._by_name.items() if names)
         return f"Placement({format_mesh(self.mesh)}; {rules})"
+
+
+def in_parts(x: jax.Array, parts: tuple[int, int]) -> jax.Array:
+    """Tokens ``[B, T, …]`` as ``[P, B/P, Q, T/Q, …]``; see `Placement.parts`."""
+    (p, q), (b, t, *rest) = parts, x.shape
+    return x.reshape(p, b // p, q, t // q, *rest)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -128,23 +150,25 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _take(table, index, dtype, stored: NamedSharding, gathered: NamedSharding, rows: NamedSharding) -> jax.Array:
-    table = jax.lax.with_sharding_constraint(table.astype(dtype), gathered)
+def _take(table, index, dtype, placement: Placement, axes: Axes, rows: NamedSharding) -> jax.Array:
+    table = jax.lax.with_sharding_constraint(cast(table, dtype), placement._gathered(axes))
     return jax.lax.with_sharding_constraint(table[index], rows)
 
 
-def _take_forward(table, index, dtype, stored, gathered, rows):
-    return _take(table, index, dtype, stored, gathered, rows), (index, table)
+def _take_forward(table, index, dtype, placement, axes, rows):
+    return _take(table, index, dtype, placement, axes, rows), (index, table)
 
 
-def _take_backward(dtype, stored, gathered, rows, kept, cotangent):
+def _take_backward(dtype, placement, axes, rows, kept, cotangent):
     index, table = kept
     cotangent = jax.lax.with_sharding_constraint(cotangent.astype(jnp.float32), rows)
-    total = jnp.zeros(table.shape, jnp.float32, device=gathered).at[index].add(cotangent)
-    # Each device adds up its own rows, then their sums are shared out; asked for the latter alone, the compiler would
-    # share out the cotangents first.
-    total = jax.lax.with_sharding_constraint(total, gathered)
-    return jax.lax.with_sharding_constraint(total.astype(table.dtype), stored), None
+
+    def one(index, cotangent):
+        return jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent)
+
+    index, cotangent = (in_parts(x, placement.parts(*index.shape)) for x in (index, cotangent))
+    sums = jax.vmap(jax.vmap(one, in_axes=1), in_axes=0)(index, cotangent)
+    return placement.total(sums, axes).astype(table.dtype), None
 
 
 _take.defvjp(_take_forward, _take_backward)

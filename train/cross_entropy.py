@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from optjax.declaration import logical_axes
 from optjax.heads import IGNORE_INDEX
 from optjax.params import Params
-from optjax.placed import constrain, gather
+from optjax.placed import cast, constrain, gather
+from optjax.sharding.placement import in_parts
 
 from .options import StepOptions
 
@@ -50,27 +51,31 @@ def _summed_loss(table, x, labels, scale, placement: Any, axes, chunks: int) -> 
         nll, _, _ = _chunk(used, part[0], part[1], placement)
         return total + nll, jnp.zeros(())
 
-    total, _ = _over_chunks(add, jnp.zeros((), jnp.float32), x, labels, chunks)
-    return total * scale
+    total, _ = _over_chunks(add, _no_loss(labels, chunks), x, labels, chunks)
+    return total.sum() * scale
 
 
 def _with_gradients(table, x, labels, scale, placement, axes, chunks):
     used = _as_used(table, x.dtype, placement, axes)
+    parts = (1, 1) if placement is None else placement.parts(*labels.shape)
 
     def add(carry, part):
-        total, d_table = carry
+        total, sums = carry
         nll, d_logits, x = _chunk(used, part[0], part[1], placement)
         d_logits = (d_logits * scale).astype(x.dtype)
         dx = jnp.einsum("btv,ve->bte", d_logits, used, preferred_element_type=x.dtype)
         dx = constrain(placement, dx, "batch", "residual_length", None)
-        more = jnp.einsum("btv,bte->ve", d_logits, x, preferred_element_type=jnp.float32)
-        return (total + nll, d_table + _as_stored(more, placement, axes)), dx
+        # Each part of the tokens has a sum of its own: else every chunk would be summed over all devices.
+        d_logits, x = (in_parts(y, parts) for y in (d_logits, x))
+        more = jnp.einsum("pbqtv,pbqte->pqve", d_logits, x, preferred_element_type=jnp.float32)
+        return (total + nll, constrain(placement, sums + more, "batch", "length", "vocab", None)), dx
 
-    start = jnp.zeros((), jnp.float32), _as_stored(jnp.zeros(table.shape, jnp.float32), placement, axes)
-    (total, d_table), dx = _over_chunks(add, start, x, labels, chunks)
+    start = _no_loss(labels, chunks), jnp.zeros((*parts, *table.shape), jnp.float32)
+    (total, sums), dx = _over_chunks(add, start, x, labels, chunks)
+    d_table = sums[0, 0] if placement is None else placement.total(sums, axes)
     b, t, e = x.shape
     dx = constrain(placement, jnp.moveaxis(dx, 0, 2).reshape(b, t, e), "batch", "residual_length", None)
-    return total * scale, (d_table.astype(table.dtype), dx)
+    return total.sum() * scale, (d_table.astype(table.dtype), dx)
 
 
 def _scaled(placement, axes, chunks, gradients, cotangent):
@@ -82,7 +87,7 @@ _summed_loss.defvjp(_with_gradients, _scaled)
 
 
 def _chunk(used, x, labels, placement):
-    """Of some tokens: the sum of their losses, its gradient by their logits ``[B, t, V]`` in float32; x, gathered."""
+    """Of some tokens: losses ``[B, t]``, their gradients by the logits ``[B, t, V]``, in float32; x, gathered."""
     with jax.named_scope("lm_head"):
         x = constrain(placement, x, "batch", "length", None)
         logits = jnp.einsum("bte,ve->btv", x, used, preferred_element_type=jnp.float32)
@@ -92,9 +97,15 @@ def _chunk(used, x, labels, placement):
         is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
         norm = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.where(is_label, logits, 0.0).sum(-1)
-        nll = jnp.where(kept, norm - picked, 0.0).sum()
+        nll = jnp.where(kept, norm - picked, 0.0)
         d_logits = jnp.where(kept[..., None], jnp.exp(logits - norm[..., None]) - is_label, 0.0)
         return nll, d_logits, x
+
+
+def _no_loss(labels, chunks: int) -> jax.Array:
+    """Of the tokens of a chunk; not a scalar, which every chunk would sum over all devices."""
+    b, t = labels.shape
+    return jnp.zeros((b, t // chunks), jnp.float32)
 
 
 def _over_chunks(add, start, x, labels, chunks: int) -> tuple[Any, jax.Array]:
@@ -108,8 +119,4 @@ def _over_chunks(add, start, x, labels, chunks: int) -> tuple[Any, jax.Array]:
 
 
 def _as_used(table, dtype, placement, axes) -> jax.Array:
-    return gather(placement, table.astype(dtype), axes)
-
-
-def _as_stored(table, placement, axes) -> jax.Array:
-    return table if placement is None else jax.lax.with_sharding_constraint(table, placement.sharding(axes))
+    return gather(placement, cast(table, dtype), axes)
