@@ -3,6 +3,7 @@
 from optjax.sharding.choose import choose_mesh
 from optjax.sharding.distributed import initialize
 from optjax.sharding.mesh import AXES, format_mesh, make_mesh, parse_mesh
+from optjax.sharding.overlap import compile_overlapped, overlap_options
 from optjax.sharding.placement import Placement, make_placement, meshes
 from optjax.sharding.rules import LOGICAL_AXES, RULES
 
@@ -12,10 +13,12 @@ __all__ = [
     "RULES",
     "Placement",
     "choose_mesh",
+    "compile_overlapped",
     "format_mesh",
     "initialize",
     "make_mesh",
     "make_placement",
     "meshes",
+    "overlap_options",
     "parse_mesh",
 ]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.config import OPTConfig
+from optjax.sharding.overlap import overlap_options
 from optjax.sharding.placement import Placement
 from optjax.sharding.plan.program import Program
 
@@ -38,4 +39,4 @@ def train_programs(
         groups["optimizer state"] = state.moments
     gradients = {"gradients": state.params}  # one copy in float32, sharded as the weights
     arguments = (state, records, _RECIPE, 0, step_options)
-    return [Program("train step", train_step, arguments, groups, gradients)]
+    return [Program("train step", train_step, arguments, groups, gradients, overlap_options(placement.mesh))]

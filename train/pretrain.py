@@ -39,7 +39,7 @@ from .loss import evaluate
 from .optimizer import Recipe
 from .options import DTYPES, MEMORIES, PLAIN, REMAT, StepOptions
 from .placing import place_records
-from .state import TrainState, abstract_state, check_batch, init_state, train_step
+from .state import TrainState, abstract_state, check_batch, compile_step, init_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,14 @@ def pretrain(
         first = int(state.step)
         with Log(folder, first, last, quiet) as log, _Interrupt() as interrupt:
             waiting: list[dict] = []
+            update = None
             since, tokens = time.perf_counter(), 0
             for step in range(first, last):
                 records = text.batch(options.seed, step, options.batch_size)
                 records = place_records(records, state.params)
-                state, metrics = train_step(state, records, recipe, options.seed, options.step)
+                if update is None:
+                    update = compile_step(state, records, recipe, options.seed, options.step)
+                state, metrics = update(state, records)
                 waiting.append(metrics)
                 tokens += options.batch_size * text.length
                 done = step + 1

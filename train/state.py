@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optjax.config import OPTConfig
 from optjax.params import Params, abstract_params
+from optjax.sharding.overlap import compile_overlapped
 
 from .adamw import Moments, init_moments, update
 from .backward import loss_and_gradients
@@ -104,6 +105,19 @@ def train_step(
     params, moments, norm = update(recipe, params, place(gradients), state.moments, state.step, options)
     metrics = {"loss": loss, "grad_norm": norm, "lr": learning_rate(recipe, state.step)}
     return TrainState(params, moments, state.step + 1), metrics
+
+
+def compile_step(
+    state: TrainState, records: jax.Array, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
+) -> jax.stages.Compiled:
+    """`train_step` compiled for arrays like these, with `optjax.sharding.overlap_options`: (state, records) → the same.
+
+    Raises:
+      ValueError: as `train_step`.
+    """
+    placement = state.params.placement
+    lowered = train_step.lower(state, records, recipe, seed, options)
+    return compile_overlapped(lowered, None if placement is None else placement.mesh)
 
 
 def check_batch(params: Params, rows: int, tokens: int, options: StepOptions) -> None:

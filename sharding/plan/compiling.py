@@ -105,9 +105,9 @@ def compile_program(program: Any, topology: Topology, mesh: Any, save: str | Non
     groups = {name: bytes_per_device(tree) for name, tree in program.groups.items()}
     inside = {name: bytes_per_device(tree) for name, tree in program.inside.items()}
     start = time.perf_counter()
-    options: Any = _GPU_OPTIONS if topology.chip.platform == "gpu" else None
+    options = program.compiler_options | (_GPU_OPTIONS if topology.chip.platform == "gpu" else {})
     try:
-        compiled = program.function.lower(*program.arguments).compile(compiler_options=options)
+        compiled = program.function.lower(*program.arguments).compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         asked = memory_asked(str(error))
         if asked is None:

@@ -20,6 +20,7 @@ class Program:
       function: made by `jax.jit`.
       arguments: its arguments, arrays as `jax.ShapeDtypeStruct` with shardings.
       groups: pytrees among the arguments, by what they are: weights, optimizer state, cache.
+      compiler_options: that it is compiled with, where it is run.
       inside: pytrees that stand in memory during the step and are no arguments: gradients.
     """
 
@@ -28,6 +29,7 @@ class Program:
     arguments: tuple[Any, ...]
     groups: dict[str, Any]
     inside: dict[str, Any] = field(default_factory=dict)
+    compiler_options: dict[str, Any] = field(default_factory=dict)
 
 
 # A job is the module and the function that makes its programs from (config, placement, **options). By name: sharding
