@@ -8,6 +8,8 @@ from optjax.generation import GenerateOutput, decode_step, generate, prefill, st
 from optjax.heads import causal_lm, question_answering, sequence_classification
 from optjax.model import forward
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
+from optjax.quantization.quantize import Quantization, dequantize, quantize
+from optjax.quantization.weight import QuantizedWeight
 from optjax.tokenizer import Tokenizer
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "GenerateOutput",
     "OPTConfig",
     "Params",
+    "Quantization",
+    "QuantizedWeight",
     "Tokenizer",
     "Weight",
     "abstract_params",
@@ -22,6 +26,7 @@ __all__ = [
     "count_params",
     "declare",
     "decode_step",
+    "dequantize",
     "forward",
     "generate",
     "init_cache",
@@ -29,6 +34,7 @@ __all__ = [
     "load",
     "load_params",
     "prefill",
+    "quantize",
     "question_answering",
     "save_params",
     "sequence_classification",

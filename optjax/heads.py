@@ -15,7 +15,7 @@ from optjax.declaration import logical_axes
 from optjax.layer import linear
 from optjax.model import Inputs, ModelOutput, check_inputs, decoder
 from optjax.params import Params
-from optjax.placed import constrain, gather, platform
+from optjax.placed import constrain, gather
 from optjax.validate import as_array, check_params, check_range
 
 IGNORE_INDEX = -100
@@ -100,14 +100,14 @@ def lm_logits(params: Params, x: jax.Array) -> jax.Array:
         if placement is not None:
             weight = gather(placement, weight.astype(x.dtype), logical_axes(params.config, params.head)[name]["weight"])
         x = constrain(placement, x, "batch", *length, None)
-        logits = linear(x, {"weight": weight}, jnp.float32, on=platform(placement))
+        logits = linear(x, {"weight": weight}, jnp.float32, placement=placement)
         return constrain(placement, logits, "batch", *length, "vocab")
 
 
 def _head(params: Params, x: jax.Array, name: str) -> jax.Array:
     """A classifier's logits in float32."""
     weights = gather(params.placement, params[name], logical_axes(params.config, params.head)[name])
-    return linear(x, weights, on=platform(params.placement)).astype(jnp.float32)
+    return linear(x, weights, placement=params.placement).astype(jnp.float32)
 
 
 def sequence_classification(

@@ -15,12 +15,12 @@ from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
 from optjax.placed import cast, constrain, constrain_both, gather, platform
+from optjax.quantization.product import FEW_ROWS, product
+from optjax.quantization.weight import QuantizedWeight
 
 LAYER_NORM_EPS = 1e-5
 # The name of a weight as it is used, for policies of `jax.checkpoint`: cast and gathered again rather than kept.
 USED_WEIGHT = "used_weight"
-# Up to this many rows a product with a weight takes as long as reading the weight.
-FEW_ROWS = 32
 
 _ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -51,7 +51,7 @@ def decoder_layer(
     goes over so many queries at a time, and its weights are None.
     """
     attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
-    pre_norm, on = config.do_layer_norm_before, platform(placement)
+    pre_norm = config.do_layer_norm_before
     weights = _as_used(config, placement, weights, x.dtype)
 
     def residual(x, block, norm, dropout_key):
@@ -72,8 +72,8 @@ def decoder_layer(
         return out
 
     def mlp_block(y):
-        y = constrain(placement, linear(y, weights["fc1"], on=on), "batch", "length", "mlp")
-        return linear(_ACTIVATIONS[config.activation_function](y), weights["fc2"], on=on)
+        y = constrain(placement, linear(y, weights["fc1"], placement=placement), "batch", "length", "mlp")
+        return linear(_ACTIVATIONS[config.activation_function](y), weights["fc2"], placement=placement)
 
     with jax.named_scope("self_attn"):
         y = residual(x, attention_block, "self_attn_layer_norm", dropout_keys[0])
@@ -89,7 +89,11 @@ def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: 
     """A layer's weights, the matrices in ``dtype``, gathered; in this order, so that fewer bytes travel."""
     if placement is None:
         return weights
-    weights = jax.tree.map(lambda w: _name(cast(w, dtype)) if w.ndim > 1 else w, weights)
+
+    def used(weight: Any) -> Any:
+        return weight if isinstance(weight, QuantizedWeight) or weight.ndim < 2 else _name(cast(weight, dtype))
+
+    weights = jax.tree.map(used, weights, is_leaf=lambda w: isinstance(w, QuantizedWeight))
     return jax.tree.map(_name, gather(placement, weights, logical_axes(config)["layers"]))
 
 
@@ -99,10 +103,10 @@ def _name(weight: jax.Array) -> jax.Array:
 
 def _self_attention(config: OPTConfig, placement: Any, weights, x, mask, head_mask, dropout_key, past, query_block):
     b, t, d = x.shape
-    heads, on = (b, t, config.num_attention_heads, config.head_dim), platform(placement)
+    heads = (b, t, config.num_attention_heads, config.head_dim)
 
     def project(name: str) -> jax.Array:
-        y = constrain(placement, linear(x, weights[name], on=on), "batch", "length", "heads")
+        y = constrain(placement, linear(x, weights[name], placement=placement), "batch", "length", "heads")
         return y.reshape(heads)
 
     # Scaled before the product with k, as the original is: in float16 the other order overflows.
@@ -124,13 +128,16 @@ def _self_attention(config: OPTConfig, placement: Any, weights, x, mask, head_ma
         spread = placement is not None and placement.shards("length") > 1
         out, attention = attend_in_blocks(q, k, v, mask, block=query_block, interleaved=spread, **options), None
     out = constrain(placement, out, "batch", "length", "heads")
-    return linear(out, weights["out_proj"], on=on), attention, buffers
+    return linear(out, weights["out_proj"], placement=placement), attention, buffers
 
 
-def linear(x: jax.Array, weights: dict[str, jax.Array], dtype: Any = None, *, on: str) -> jax.Array:
-    """``x Wᵀ + b``, with W ``[out, in]``, in ``dtype``: that of x by default. ``on`` is the platform."""
-    dtype = x.dtype if dtype is None else dtype
+def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placement: Any) -> jax.Array:
+    """``x Wᵀ + b``, with W ``[out, in]``, quantized or not, in ``dtype``: that of x by default."""
+    dtype, on = x.dtype if dtype is None else dtype, platform(placement)
     weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
+    if isinstance(weight, QuantizedWeight):
+        y = product(x, weight, on=on, spread=placement is not None)
+        return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
     if on == "cpu":
         return _linear_on_cpu(x, weight, bias).astype(dtype)
     y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)

@@ -17,7 +17,8 @@ from optjax.cache import Cache
 from optjax.declaration import logical_axes
 from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.params import Params, as_key
-from optjax.placed import constrain, gather, platform
+from optjax.placed import constrain, gather
+from optjax.quantization.weight import QuantizedWeight
 from optjax.validate import as_array, as_head_mask, as_ids, as_mask, check_params, check_positions
 
 # Hugging Face's position table has two rows before that of position 0 (#20761). Masked slots are at position -1.
@@ -211,7 +212,7 @@ def embed(params: Params, inputs: Inputs, dtype: Any = None) -> jax.Array:
     x = constrain(params.placement, x, *axes)
     b, t = x.shape[:2]
     if params.config.has_projections:
-        x = linear(x, {"weight": _weight(params, "project_in", dtype)}, on=platform(params.placement))
+        x = linear(x, {"weight": _weight(params, "project_in", dtype)}, placement=params.placement)
     if inputs.position_ids is not None:
         positions = inputs.position_ids
     else:
@@ -228,16 +229,19 @@ def finish(params: Params, x: jax.Array) -> jax.Array:
         axes = logical_axes(params.config, params.head).get("final_layer_norm")
         x = layer_norm(x, gather(params.placement, norm, axes))
     if params.config.has_projections:
-        x = linear(x, {"weight": _weight(params, "project_out", x.dtype)}, on=platform(params.placement))
+        x = linear(x, {"weight": _weight(params, "project_out", x.dtype)}, placement=params.placement)
     return x
 
 
 def _rows(params: Params, name: str, dtype: Any, index: jax.Array) -> jax.Array:
     """Rows of a table outside the layers."""
-    table = params[name]["weight"]
-    if params.placement is None:
+    table, placement = params[name]["weight"], params.placement
+    axes = logical_axes(params.config, params.head)[name]["weight"]
+    if isinstance(table, QuantizedWeight):
+        return constrain(placement, gather(placement, table, axes).rows(index, dtype), "batch", "length", None)
+    if placement is None:
         return table[index]
-    return params.placement.take(table, logical_axes(params.config, params.head)[name]["weight"], index, dtype)
+    return placement.take(table, axes, index, dtype)
 
 
 def _weight(params: Params, name: str, dtype: Any) -> jax.Array:

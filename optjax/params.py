@@ -18,6 +18,7 @@ from optjax.config import OPTConfig
 from optjax.declaration import Weight, declare
 
 if TYPE_CHECKING:
+    from optjax.quantization.quantize import Quantization
     from optjax.sharding import Placement
 
 SCHEMES = ("hf", "paper")
@@ -50,6 +51,13 @@ class Params:
     def dtype(self) -> jnp.dtype:
         """The dtype of the word embeddings, which is the dtype the model computes in."""
         return self.weights["embed_tokens"]["weight"].dtype
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the weights are quantized; None where they are not."""
+        from optjax.quantization.quantize import quantization_of
+
+        return quantization_of(self)
 
     def layer(self, i: int) -> dict[str, Any]:
         """The weights of layer ``i``, whichever layout they are in."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from optjax.quantization.weight import QuantizedWeight
+
 if TYPE_CHECKING:
     from optjax.sharding import Placement
 
@@ -35,6 +37,8 @@ def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
         return weights
     if isinstance(weights, dict):
         return {name: gather(placement, weight, axes[name]) for name, weight in weights.items()}
+    if isinstance(weights, QuantizedWeight):
+        return weights.map_with_axes(placement.gather, axes)
     return placement.gather(weights, axes)
 
 

@@ -80,7 +80,11 @@ class Placement:
         Its cotangent goes straight back to the weight's own sharding, as a reduce-scatter.
         """
         stored, gathered = self.sharding(axes), self._gathered(axes)
-        return weight if stored == gathered else _gather(weight, stored, gathered)
+        if stored == gathered:
+            return weight
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            return jax.lax.with_sharding_constraint(weight, gathered)  # codes of a quantized weight have no cotangent
+        return _gather(weight, stored, gathered)
 
     def parts(self, rows: int, length: int) -> tuple[int, int]:
         """Into how many parts `fitting` splits the rows and the lengths of tokens ``[rows, length]``."""

@@ -29,6 +29,15 @@ from .placing import place
 Weights = dict[str, Any]
 
 
+def check_not_quantized(params: Params) -> None:
+    """ValueError for quantized params, whose codes have no gradient."""
+    if params.quantization is not None:
+        raise ValueError(
+            f"these params are quantized to {params.quantization.kind}, and codes do not train: "
+            "load them without quantization, or optjax.dequantize them"
+        )
+
+
 def loss_and_gradients(
     params: Params, records: jax.Array, dropout_key: jax.Array | None, options: StepOptions
 ) -> tuple[jax.Array, Params]:
@@ -36,7 +45,11 @@ def loss_and_gradients(
 
     Micro-batch m of M takes records m, m + M, m + 2M, …: every device its own. Its dropout key is
     ``fold_in(dropout_key, m)``.
+
+    Raises:
+      ValueError: the params are quantized.
     """
+    check_not_quantized(params)
     b, length = records.shape
     m = options.micro_batches
     scale = 1.0 / jnp.maximum((records[:, 1:] != IGNORE_INDEX).sum(), 1).astype(jnp.float32)

@@ -12,7 +12,7 @@ import numpy as np
 from optjax.heads import IGNORE_INDEX, causal_lm, cross_entropy
 from optjax.params import Params
 
-from .backward import batch_loss
+from .backward import batch_loss, check_not_quantized
 from .data import PackedText
 from .options import PLAIN, StepOptions
 from .placing import place_records
@@ -42,7 +42,11 @@ def evaluate(
     Returns:
       `loss`, nats per token, and `bits_per_byte`, which compares across tokenizers. Each record is predicted from its
       own beginning on, so both are a little higher than with a sliding window.
+
+    Raises:
+      ValueError: the params are quantized; `next_token_loss` takes those too.
     """
+    check_not_quantized(params)
     batch_size = min(batch_size, text.records)
     batches = text.records // batch_size
     batches = batches if max_batches is None else min(batches, max_batches)

@@ -15,7 +15,7 @@ from optjax.params import Params, abstract_params
 from optjax.sharding.overlap import compile_overlapped
 
 from .adamw import Moments, init_moments, update
-from .backward import loss_and_gradients
+from .backward import check_not_quantized, loss_and_gradients
 from .optimizer import Recipe, learning_rate
 from .options import PLAIN, StepOptions
 from .placing import place, shardings
@@ -35,8 +35,9 @@ def init_state(params: Params, options: StepOptions = PLAIN) -> TrainState:
     """A state before its first step; moments lie where their weights do.
 
     Raises:
-      ValueError: the params are not float32, in which small updates do not vanish.
+      ValueError: the params are quantized, or not float32, in which small updates do not vanish.
     """
+    check_not_quantized(params)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if dtypes != {"float32"}:
         raise ValueError(f"training keeps its weights in float32, these are {', '.join(sorted(dtypes))}")

@@ -1,0 +1,96 @@
+"""The arithmetic of the kinds: numbers to codes and scales, and back.
+
+``int8``: a scale for each row of ``[out, in]``, its largest magnitude at 127 (absmax; Dettmers et al. 2022, section 2).
+``int4``: a scale for each group along a row; the group's largest magnitude is at -8, so that all 16 codes are used.
+``nf4``: the same with the 16 quantiles of a normal distribution, the largest magnitude at ±1 (Dettmers et al. 2023,
+QLoRA, section 3 and appendix E).
+
+Eight bits keep the shape ``[out, in]``. Four bits stand the other way round, ``[in, out]``: scales of groups then vary
+along the rows of the array, where every backend spreads them cheaply. They are stored as jax's own 4-bit integers,
+from which the TPU feeds its matrix unit without a detour; or, on CPU and GPU, where XLA would unpack those into a copy
+first, two in a byte: of a group of g inputs, byte k holds the code of k in its low bits and of k + g / 2 in its high.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("int8", "int4", "nf4")
+# QLoRA, appendix E.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def encode_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``[…, out, in]`` as int8 of the same shape, and scales ``[…, out]`` in float32."""
+    weight = weight.astype(jnp.float32)
+    scales = jnp.abs(weight).max(-1) / 127
+    return jnp.round(weight * _inverse(scales)[..., None]).astype(jnp.int8), scales
+
+
+def encode_4bit(weight: jax.Array, kind: str, group_size: int, native: bool) -> tuple[jax.Array, jax.Array]:
+    """``[…, out, in]`` as 4-bit codes ``[…, in, out]`` (``[…, in / 2, out]`` unless ``native``), and scales.
+
+    Scales are ``[…, in / group_size, out]`` in bfloat16: rounded first, so that codes are the best there are for them.
+    A last group that is not full is filled up with zeros.
+    """
+    *lead, out, n_in = weight.shape
+    groups = -(-n_in // group_size)
+    padded = [(0, 0)] * (len(lead) + 1) + [(0, groups * group_size - n_in)]
+    weight = jnp.pad(weight.astype(jnp.float32), padded).reshape(*lead, out, groups, group_size)
+    weight = jnp.moveaxis(weight, -3, -1)  # […, G, g, out]
+    low, high = weight.min(-2), weight.max(-2)
+    scales = jnp.where(high > -low, -high, -low) / 8 if kind == "int4" else jnp.maximum(high, -low)
+    scales = scales.astype(jnp.bfloat16)
+    weight = weight * _inverse(scales.astype(jnp.float32))[..., None, :]
+    if kind == "int4":
+        # The sign of a scale is such that the largest magnitude comes out at -8.
+        codes = jnp.clip(jnp.round(weight), -8, 7).astype(jnp.int8)
+    else:
+        codes = jnp.zeros(weight.shape, jnp.int8)
+        for a, b in zip(NF4, NF4[1:], strict=False):
+            codes += weight > (a + b) / 2
+    if native:
+        codes = codes.astype(jnp.int4 if kind == "int4" else jnp.uint4)
+    else:
+        first, second = codes[..., : group_size // 2, :], codes[..., group_size // 2 :, :]
+        codes = (first & 15) | (second << 4)
+    return codes.reshape(*lead, -1, out), scales
+
+
+def decode_4bit(values: jax.Array, kind: str, dtype: jnp.dtype) -> list[jax.Array]:
+    """What the codes stand for, before scaling: one array ``[…, in, out]``; or, packed, the two halves of groups."""
+    packed = values.dtype == jnp.int8
+    codes = [(values << 4) >> 4, values >> 4] if packed else [values]
+    if kind == "int4":
+        return [each.astype(dtype) for each in codes]
+    return [_nf4(each & 15 if packed else each.astype(jnp.int8), dtype) for each in codes]
+
+
+def _nf4(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The levels of codes 0 to 15, by halving: a table's gather is slow on every backend."""
+    levels = [jnp.asarray(level, dtype) for level in NF4]
+    for bit in range(4):
+        odd = (codes & (1 << bit)) != 0
+        levels = [jnp.where(odd, b, a) for a, b in zip(levels[::2], levels[1::2], strict=True)]
+    return levels[0]
+
+
+def _inverse(scales: jax.Array) -> jax.Array:
+    """1 / scales; 0 where all is 0."""
+    return jnp.where(scales == 0, 0.0, 1 / jnp.where(scales == 0, 1.0, scales))
+
+
+def unpack_on_host(packed: np.ndarray, kind: str, group_size: int) -> np.ndarray:
+    """Codes of two in a byte ``[in / 2, out]``, as jax's 4-bit integers ``[in, out]``."""
+    import ml_dtypes
+
+    halves = packed.reshape(-1, group_size // 2, packed.shape[-1])
+    codes = np.concatenate([(halves << 4) >> 4, halves >> 4], axis=1).reshape(-1, packed.shape[-1])
+    return codes.astype(ml_dtypes.int4) if kind == "int4" else (codes & 15).astype(ml_dtypes.uint4)

@@ -1,0 +1,115 @@
+"""Products with quantized weights, which are read as they are: no copy in full precision is made in memory.
+
+A scale that all inputs of an output share is multiplied onto the product. What XLA makes of the rest decides the form:
+
+- TPU: a cast to bfloat16 is fused into the matrix product. The scales of groups would be spread over the matrix off the
+  matrix unit; for few rows each group has a small product of its own instead, and its scales go onto that.
+- CPU: a cast is written out before a product. So a loop casts a block at a time, which stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optjax.quantization.codes import decode_4bit
+from optjax.quantization.weight import QuantizedWeight
+
+# Up to this many rows a product with a weight takes as long as reading the weight.
+FEW_ROWS = 32
+# Numbers in a block on the CPU: a megabyte in float32, or four where a block serves many rows.
+BLOCK = 1 << 18
+
+
+def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = False) -> jax.Array:
+    """``x Wᵀ`` of x ``[…, in]`` and one matrix: ``[…, out]``, in float32 unless ``spread``, then in the dtype of x.
+
+    Args:
+      on: the platform.
+      spread: the weight lies on several devices, between which partial sums travel.
+
+    The gradient with respect to x is the product with the other side of the matrix; the weight has none. Nothing but x
+    and the codes is kept for it.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if on == "cpu" and not spread:
+        form = _int8_in_blocks if weight.kind == "int8" else _groups_in_blocks
+        y = form(flat.astype(jnp.promote_types(x.dtype, jnp.float32)), weight)
+    else:
+        # Else a gradient would keep the matrix as it is cast: a copy of the weight, and in a scan of all layers'.
+        y = jax.checkpoint(_whole, static_argnums=(2, 3))(flat, weight, on, x.dtype if spread else jnp.float32)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _whole(x: jax.Array, weight: QuantizedWeight, on: str, dtype: Any) -> jax.Array:
+    if weight.kind == "int8":
+        y = jnp.einsum("ri,oi->ro", x, weight.values.astype(x.dtype), preferred_element_type=dtype)
+        return y * weight.scales.astype(dtype)
+    if on == "tpu" and x.shape[0] <= FEW_ROWS:
+        return _by_groups(x, weight).astype(dtype)
+    return jnp.einsum("ri,io->ro", x, weight.transposed(x.dtype), preferred_element_type=dtype)
+
+
+def _by_groups(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    groups, n_out = weight.scales.shape
+    partial = jnp.zeros((), jnp.float32)
+    for part, codes in zip(_split(x, weight), decode_4bit(weight.values, weight.kind, x.dtype), strict=True):
+        codes = codes.reshape(groups, -1, n_out)
+        partial += jnp.einsum("rgi,gio->gro", part, codes, preferred_element_type=jnp.float32)
+    return (partial * weight.scales.astype(jnp.float32)[:, None]).sum(0)
+
+
+def _split(x: jax.Array, weight: QuantizedWeight) -> list[jax.Array]:
+    """x ``[rows, in]`` as the codes lie: ``[rows, G, g]``, or the two halves of each group."""
+    groups, size = weight.scales.shape[0], weight.group_size
+    x = jnp.pad(x, ((0, 0), (0, groups * size - weight.n_in)))
+    parts = 2 if weight.values.dtype == jnp.int8 else 1
+    x = x.reshape(x.shape[0], groups, parts, size // parts)
+    return [x[:, :, i] for i in range(parts)]
+
+
+def _int8_in_blocks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    rows, (n_out, n_in) = x.shape[0], weight.shape
+    if rows == 1:
+        # Multiplied and summed while it is read; a matrix product would be a call, with its operands in memory.
+        return jax.checkpoint(lambda x, values: (values.astype(x.dtype) * x).sum(-1))(x, weight.values) * weight.scales
+    size = min(n_out, max(8, BLOCK * (1 if rows <= FEW_ROWS else 4) // n_in))
+
+    @jax.checkpoint
+    def block(x: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(values, start, size).astype(x.dtype)
+        return jnp.einsum("oi,ri->or", part, x)
+
+    def step(i, y):
+        start = jnp.minimum(i * size, n_out - size)  # the last block may overlap the one before
+        return jax.lax.dynamic_update_slice_in_dim(y, block(x, weight.values, start), start, 0)
+
+    y = jax.lax.fori_loop(0, -(-n_out // size), step, jnp.zeros((n_out, rows), x.dtype))
+    return y.T * weight.scales
+
+
+def _groups_in_blocks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    groups, n_out = weight.scales.shape
+    most = max(1, BLOCK * (1 if x.shape[0] <= FEW_ROWS else 4) // (weight.group_size * n_out))
+    n = max(each for each in range(1, min(most, groups) + 1) if groups % each == 0)
+    parts = _split(x, weight)
+
+    @jax.checkpoint
+    def block(parts: list[jax.Array], values: jax.Array, scales: jax.Array, i: jax.Array) -> jax.Array:
+        size = values.shape[0] // groups * n
+        codes = decode_4bit(jax.lax.dynamic_slice_in_dim(values, i * size, size), weight.kind, x.dtype)
+        scale = jax.lax.dynamic_slice_in_dim(scales, i * n, n).astype(x.dtype)
+        y = jnp.zeros((), x.dtype)
+        for part, code in zip(parts, codes, strict=True):
+            part = jax.lax.dynamic_slice_in_dim(part, i * n, n, axis=1).reshape(x.shape[0], -1)
+            scaled = code.reshape(n, -1, n_out) * scale[:, None]
+            y += part @ scaled.reshape(-1, n_out)
+        return y
+
+    def step(i, y):
+        return y + block(parts, weight.values, weight.scales, i)
+
+    return jax.lax.fori_loop(0, groups // n, step, jnp.zeros((x.shape[0], n_out), x.dtype))
