@@ -11,8 +11,11 @@ import jax
 import numpy as np
 
 from optjax.checkpoints.match import expected
+from optjax.checkpoints.quantized import SCALE, stored
 from optjax.declaration import Weight
 from optjax.params import Params
+from optjax.quantization.codes import pack_on_host
+from optjax.quantization.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Entry:
     array: Any
     layer: int | None
     transpose: bool = False
+    group_size: int | None = None  # of 4-bit codes, which are written two in a byte
 
     @property
     def nbytes(self) -> int:
@@ -33,6 +37,8 @@ class Entry:
     def read(self) -> np.ndarray:
         """The values, on the host, contiguous."""
         value = to_host(self.array if self.layer is None else _take(self.array, np.int32(self.layer)))
+        if self.group_size is not None and value.dtype != np.int8:
+            value = pack_on_host(value, self.group_size)
         return np.ascontiguousarray(value.T if self.transpose else value)
 
     def raw(self) -> memoryview:
@@ -46,11 +52,12 @@ def torch_entries(params: Params) -> Iterator[Entry]:
         name = weight.hf_name(layer)
         if params.head is None:
             name = name.removeprefix("model.")  # As transformers' base model has it.
-        yield _entry(params, weight, layer, name, transpose=False)
+        yield from _entries(params, weight, layer, name)
 
 
 def flax_entries(params: Params) -> Iterator[Entry]:
     """The tensors under FlaxOPT's names joined by "/", kernels ``[in, out]``."""
+    assert params.quantization is None  # refused by save_params
     for entry, (weight, _, _) in zip(torch_entries(params), expected(params.config, params.head), strict=True):
         *steps, last = entry.name.split(".")
         transpose = weight.kind in ("linear", "output")
@@ -61,7 +68,7 @@ def flax_entries(params: Params) -> Iterator[Entry]:
         yield Entry("/".join([*steps, last]), shape, entry.dtype, entry.array, entry.layer, transpose)
 
 
-def _entry(params: Params, weight: Weight, layer: int | None, name: str, transpose: bool) -> Entry:
+def _entries(params: Params, weight: Weight, layer: int | None, name: str) -> Iterator[Entry]:
     node: Any = params.weights
     stacked = params.stacked and layer is not None
     for key in weight.keys(layer):
@@ -69,7 +76,16 @@ def _entry(params: Params, weight: Weight, layer: int | None, name: str, transpo
     shape = (params.config.num_hidden_layers, *weight.shape) if stacked else weight.shape
     if tuple(node.shape) != shape:
         raise ValueError(f"{name} should have shape {shape} by the config, but has {tuple(node.shape)}")
-    return Entry(name, weight.shape, np.dtype(node.dtype), node, layer if stacked else None, transpose)
+    taken = layer if stacked else None
+    if not isinstance(node, QuantizedWeight):
+        yield Entry(name, weight.shape, np.dtype(node.dtype), node, taken)
+        return
+    assert params.quantization is not None
+    like = stored(params.quantization, weight)
+    assert like is not None
+    size = None if node.kind == "int8" else node.group_size
+    yield Entry(name, like.values.shape, np.dtype(like.values.dtype), node.values, taken, group_size=size)
+    yield Entry(name + SCALE, like.scales.shape, np.dtype(like.scales.dtype), node.scales, taken)
 
 
 def to_host(array: Any) -> np.ndarray:

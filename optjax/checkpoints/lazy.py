@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,41 +11,67 @@ import jax
 import numpy as np
 
 from optjax.checkpoints.open import Opened
+from optjax.checkpoints.quantized import LazyQuantized, stored
 from optjax.checkpoints.tensors import TensorRef
 from optjax.declaration import Weight
 from optjax.params import Params, build_params
+from optjax.quantization.quantize import Quantization
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A weight that numpy reads from its file each time it asks for the values.
+    """A weight, or a part of one, that numpy reads from its file each time it asks for the values.
 
     Attributes:
-      ref: where it is.
-      dtype: what it is cast to.
-      advance: told the bytes read, for a progress bar.
+      shape, dtype: of the values.
+      values: reads them; in any dtype.
     """
 
-    ref: TensorRef
+    shape: tuple[int, ...]
     dtype: np.dtype
-    advance: Callable[[int], None]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.ref.shape
+    values: Callable[[], np.ndarray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self.ref.read().astype(self.dtype if dtype is None else dtype, copy=False)
-        self.advance(self.ref.nbytes)
-        return array
+        return self.values().astype(self.dtype if dtype is None else dtype, copy=False)
 
 
-def lazy_params(opened: Opened, dtype: Any, advance: Callable[[int], None]) -> Params:
-    """The params of a checkpoint as `LazyTensor`; ``dtype`` None keeps the file's, as `load_params` does."""
+def lazy_params(
+    opened: Opened, dtype: Any, advance: Callable[[int], None], quantization: Quantization | None = None
+) -> Params:
+    """The params of a checkpoint as `LazyTensor`; arguments as of `load_params`, ``advance`` is told the bytes read.
 
-    def leaf(weight: Weight, layer: int | None) -> LazyTensor:
+    Raises:
+      ValueError: the checkpoint is quantized already.
+    """
+    held = opened.quantization
+    if quantization is not None and held is not None:
+        raise ValueError(f"this checkpoint is quantized already, to {held.kind}; quantize the original")
+    meant = np.dtype(jax.dtypes.canonicalize_dtype(opened.dtype if dtype is None else dtype))
+
+    def lazy(ref: TensorRef, dtype: Any) -> LazyTensor:
+        def values() -> np.ndarray:
+            array = ref.read()
+            advance(ref.nbytes)
+            return array
+
+        return LazyTensor(ref.shape, np.dtype(jax.dtypes.canonicalize_dtype(dtype)), values)
+
+    def leaf(weight: Weight, layer: int | None) -> Any:
         ref = opened.plan.tensors[weight.path, layer]
-        wanted = jax.dtypes.canonicalize_dtype(ref.dtype if dtype is None else dtype)
-        return LazyTensor(ref, np.dtype(wanted), advance)
+        made = None if (held or quantization) is None else stored(held or quantization, weight)
+        if made is None:
+            return lazy(ref, ref.dtype if dtype is None else dtype)
+        if held is not None:
+            scales = opened.plan.scales[weight.path, layer]
+            return dataclasses.replace(
+                made, values=lazy(ref, ref.dtype), scales=lazy(scales, scales.dtype), dtype=meant
+            )
+        own = LazyQuantized(ref, made.kind, made.group_size, advance)
+        return dataclasses.replace(
+            made,
+            values=LazyTensor(made.values.shape, made.values.dtype, own.read_values),
+            scales=LazyTensor(made.scales.shape, made.scales.dtype, own.read_scales),
+            dtype=meant,
+        )
 
     return build_params(opened.config, opened.head, leaf)

@@ -14,9 +14,12 @@ from optjax.checkpoints.hub import resolve_source
 from optjax.checkpoints.open import open_checkpoint
 from optjax.checkpoints.place import placer, stack
 from optjax.checkpoints.progress import progress_bar
+from optjax.checkpoints.quantized import read_quantized
 from optjax.config import OPTConfig
 from optjax.declaration import Weight
 from optjax.params import Params, as_key, as_placement, build_params, init_weight
+from optjax.placed import platform
+from optjax.quantization.quantize import Quantization, as_quantization, check_placement, quantize_weight
 
 if TYPE_CHECKING:
     from optjax.tokenizer import Tokenizer
@@ -35,6 +38,7 @@ def load_params(
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool | None = None,
+    quantization: str | Quantization | None = None,
 ) -> Params:
     """The params of a checkpoint.
 
@@ -53,38 +57,57 @@ def load_params(
       config: an `OPTConfig` or a preset's name, in place of config.json. Where there is neither, sizes come from the
         weights and the rest from the checkpoint's training arguments or the published model of those sizes.
       revision, token: of the hub: a branch, tag or commit; an access token.
+      quantization: ``"int8"``, ``"int4"``, ``"nf4"`` or an `optjax.Quantization`: quantize each matrix as it comes, so
+        that the whole is never there in full precision (see `optjax.quantize`). A checkpoint that was saved quantized
+        is loaded as it is without it.
       progress: show a progress bar; by default for more than 1 GB on a terminal or in a notebook.
 
     Raises:
       FileNotFoundError: nothing is at ``source``, or no checkpoint is in it.
       ConnectionError: a download broke off; a second attempt goes on where it stopped.
-      ValueError: a dtype, head, key, config, mesh or rules that make no sense.
+      ValueError: a dtype, head, key, config, mesh, rules or quantization that make no sense, or another quantization
+        than the checkpoint's own.
       CheckpointError (a ValueError): a file is broken, or missing, unexpected and mis-shaped tensors, all listed.
     """
     dtype = None if dtype is None else _floating(dtype)
     key = None if key is None else as_key(key)
+    wanted = as_quantization(quantization)
     path = resolve_source(source, revision=revision, token=token)
     opened = open_checkpoint(path, head, config, create_head=key is not None)
     config, head, plan = opened.config, opened.head, opened.plan
     placement = as_placement(mesh, rules, config, head)
     place = placer(placement)
+    held = opened.quantization
+    if None not in (wanted, held) and wanted != held:
+        raise ValueError(f"{source} is quantized as {held}; load it without quantization=, or load the original")
+    meant = dtype or _kept(opened.dtype)  # what quantized weights stand for
+    check_placement(wanted or held, config, head, placement)
 
     with progress_bar(opened.nbytes, f"loading {Path(source).name}", progress) as advance:
 
-        def leaf(weight: Weight, layer: int | None) -> jax.Array:
+        def leaf(weight: Weight, layer: int | None) -> Any:
             if weight in plan.created and key is not None:
                 own = jax.random.fold_in(key, np.uint32(zlib.crc32(weight.path.encode())))
-                return init_weight(config, weight, own, dtype or _common_dtype(plan.tensors), placement=placement)
+                created = init_weight(config, weight, own, meant, placement=placement)
+                made = wanted or held
+                return created if made is None else quantize_weight(made, weight, created, placement, meant)
             if weight.per_layer and layer is None:
                 each = (one(weight, i) for i in range(config.num_hidden_layers))
                 return stack(each, config.num_hidden_layers)
             return one(weight, layer)
 
-        def one(weight: Weight, layer: int | None) -> jax.Array:
+        def one(weight: Weight, layer: int | None) -> Any:
             tensor = plan.tensors[weight.path, layer]
-            array = place(weight, layer, tensor, dtype or _kept(tensor.dtype))
+            scales = plan.scales.get((weight.path, layer))
+            if scales is not None and held is not None:
+                made = read_quantized(place, platform(placement), held, weight, layer, tensor, scales, meant)
+            elif wanted is not None and wanted.kind_of(weight) is not None:
+                array = place(weight, layer, tensor, _kept(tensor.dtype))
+                made = jax.block_until_ready(quantize_weight(wanted, weight, array, placement, meant))
+            else:
+                made = place(weight, layer, tensor, dtype or _kept(tensor.dtype))
             advance(tensor.nbytes)
-            return array
+            return made
 
         return build_params(config, head, leaf, stacked=stacked, placement=placement)
 
@@ -112,7 +135,3 @@ def _floating(dtype: Any) -> np.dtype:
 
 def _kept(dtype: np.dtype) -> np.dtype:
     return jax.dtypes.canonicalize_dtype(dtype)
-
-
-def _common_dtype(tensors: dict) -> np.dtype:
-    return _kept(tensors["embed_tokens.weight", None].dtype)

@@ -11,9 +11,11 @@ import numpy as np
 
 from optjax.checkpoints.contents import Contents
 from optjax.checkpoints.errors import CheckpointError, listing, shorten
+from optjax.checkpoints.quantized import SCALE, stored
 from optjax.checkpoints.tensors import TensorRef
 from optjax.config import OPTConfig
 from optjax.declaration import HEADS, Weight, declare
+from optjax.quantization.quantize import Quantization
 
 FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, jnp.bfloat16))
 _ARCHITECTURES = {
@@ -35,9 +37,13 @@ _PROBLEMS = (
 
 @dataclass
 class Match:
-    """Which tensor each weight is read from; ``created`` lists the head's weights that the files lack."""
+    """Which tensor each weight is read from; ``created`` lists the head's weights that the files lack.
+
+    A weight that is quantized in the files has its codes in ``tensors`` and its scales in ``scales``.
+    """
 
     tensors: dict[tuple[str, int | None], TensorRef]
+    scales: dict[tuple[str, int | None], TensorRef] = field(default_factory=dict)
     created: list[Weight] = field(default_factory=list)
 
 
@@ -53,12 +59,19 @@ def choose_head(config: OPTConfig, contents: Contents) -> str | None:
     return "question_answering" if "qa_outputs.weight" in contents.tensors else "causal_lm"
 
 
-def match(contents: Contents, config: OPTConfig, head: str | None, *, create_head: bool) -> Match:
-    """The tensor of every weight.
+def match(
+    contents: Contents,
+    config: OPTConfig,
+    head: str | None,
+    *,
+    create_head: bool,
+    quantization: Quantization | None = None,
+) -> Match:
+    """The tensor of every weight, and the scales of those that are quantized.
 
     Raises:
-      CheckpointError: something is missing, unexpected, of the wrong shape or no floating-point tensor: all of it is
-        listed.
+      CheckpointError: something is missing, unexpected, of the wrong shape or of a dtype that it should not have: all
+        of it is listed.
     """
     if head not in HEADS:
         raise ValueError(f"no head named {head!r}; there are: {', '.join(map(repr, HEADS))}")
@@ -75,6 +88,18 @@ def match(contents: Contents, config: OPTConfig, head: str | None, *, create_hea
     out = Match({})
     missing: list[Weight] = []
     for weight, layer, path in expected(config, head):
+        codes = None if quantization is None else stored(quantization, weight)
+        if codes is not None and (path in tensors or not (path.startswith(_HEAD_WEIGHTS) and create_head)):
+            for name, like, found in (("", codes.values, out.tensors), (SCALE, codes.scales, out.scales)):
+                tensor = tensors.pop(path + name, None)
+                if tensor is None:
+                    problems["missing"].append(f"{path}{name} {like.shape}")
+                elif (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+                    text = f"{path}{name}: {tensor.dtype} {tensor.shape} in the file, {like.dtype} {like.shape} by"
+                    problems["of the wrong shape"].append(f"{text} its quantization")
+                else:
+                    found[weight.path, layer] = tensor
+            continue
         tensor = tensors.pop(path, None)
         if tensor is None:
             if path.startswith(_HEAD_WEIGHTS) and create_head:

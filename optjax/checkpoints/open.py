@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from optjax.checkpoints.contents import Contents, open_contents
 from optjax.checkpoints.derive import derive_config
 from optjax.checkpoints.detect import Found, find_checkpoint
 from optjax.checkpoints.errors import CheckpointError, reading, shorten
 from optjax.checkpoints.match import Match, choose_head, match
+from optjax.checkpoints.quantized import split_config
 from optjax.config import OPTConfig
+from optjax.quantization.quantize import Quantization
 
 
 @dataclass
@@ -21,11 +25,17 @@ class Opened:
     config: OPTConfig
     head: str | None
     plan: Match
+    quantization: Quantization | None = None
 
     @property
     def nbytes(self) -> int:
         """Of the weights as they lie in the files."""
-        return sum(tensor.nbytes for tensor in self.plan.tensors.values())
+        return sum(tensor.nbytes for each in (self.plan.tensors, self.plan.scales) for tensor in each.values())
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the weights that are never quantized."""
+        return self.plan.tensors["embed_positions.weight", None].dtype
 
 
 def open_checkpoint(
@@ -41,16 +51,17 @@ def open_checkpoint(
     """
     found = find_checkpoint(path)
     contents = open_contents(found)
-    config = _config(config, found.folder, contents)
+    config, quantization = _config(config, found.folder, contents)
     head = choose_head(config, contents) if head is None else (None if head == "base" else head)
-    return Opened(found, config, head, match(contents, config, head, create_head=create_head))
+    plan = match(contents, config, head, create_head=create_head, quantization=quantization)
+    return Opened(found, config, head, plan, quantization)
 
 
-def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> OPTConfig:
+def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> tuple[OPTConfig, Quantization | None]:
     if isinstance(given, OPTConfig):
-        return given
+        return split_config(given, folder)
     if isinstance(given, str):
-        return OPTConfig.preset(given)
+        return OPTConfig.preset(given), None
     if given is not None:
         raise ValueError(f"config should be an OPTConfig or the name of a preset, not {type(given).__name__}")
     if (folder / "config.json").is_file():
@@ -58,13 +69,11 @@ def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> 
             config = OPTConfig.from_json(folder)
         except Exception as error:  # Values of the wrong type can fail in any way.
             raise CheckpointError(f"{folder / 'config.json'}: {shorten(str(error), 1000)}") from error
-        if dict(config.extra).get("quantization_config", "null") not in ("null", "{}"):
-            raise CheckpointError(f"{folder} holds a quantized checkpoint, which optjax does not read")
-        return config
+        return split_config(config, folder)
     with reading(folder):
         derived = derive_config(contents.tensors, contents.arguments)
     if derived is not None:
-        return derived
+        return derived, None
     raise FileNotFoundError(
         f"{folder} has no config.json: pass config=, an OPTConfig or the name of a preset such as 'opt-125m'"
     )

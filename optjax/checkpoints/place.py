@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -58,16 +58,20 @@ def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def stack(arrays: Iterator[jax.Array], n: int) -> jax.Array:
-    """``[L, …]`` from an iterator of ``L`` arrays, without holding all of them beside their stack.
+def stack(weights: Iterator[Any], n: int) -> Any:
+    """``[L, …]`` from an iterator of ``L`` arrays, or trees of them, without holding all of them beside their stack.
 
     The stack is spread over devices as its layers are.
     """
-    first = next(arrays)
-    empty, put = _programs(stacked_sharding(first.sharding))
-    stacked = put(empty(first, n), first, np.int32(0))
-    for i, array in enumerate(arrays, start=1):
-        stacked = jax.block_until_ready(put(stacked, array, np.int32(i)))
+
+    def add(stacked: jax.Array | None, array: jax.Array, i: int) -> jax.Array:
+        empty, put = _programs(stacked_sharding(array.sharding))
+        return put(empty(array, n) if stacked is None else stacked, array, np.int32(i))
+
+    first = next(weights)
+    stacked = jax.tree.map(lambda array: add(None, array, 0), first)
+    for i, weight in enumerate(weights, start=1):
+        stacked = jax.block_until_ready(jax.tree.map(partial(add, i=i), stacked, weight))
     return stacked
 
 

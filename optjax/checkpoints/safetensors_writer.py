@@ -8,20 +8,20 @@ from typing import Any, BinaryIO
 
 from optjax.checkpoints.entries import Entry
 
-_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 
 
 def write_safetensors(out: BinaryIO, entries: Sequence[Entry]) -> None:
     """The header, then the tensors in order.
 
     Raises:
-      ValueError: a tensor is not floating point.
+      ValueError: a tensor is neither floating point nor int8.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so.
     at = 0
     for entry in entries:
         if entry.dtype.name not in _TYPES:
-            raise ValueError(f"{entry.name} is {entry.dtype.name}; weights are saved as floating point")
+            raise ValueError(f"{entry.name} is {entry.dtype.name}; weights are saved as floating point or int8")
         kind = _TYPES[entry.dtype.name]
         header[entry.name] = {"dtype": kind, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
         at += entry.nbytes

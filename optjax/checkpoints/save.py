@@ -19,6 +19,7 @@ from optjax.checkpoints.detect import WEIGHTS_NAMES
 from optjax.checkpoints.entries import Entry, flax_entries, torch_entries
 from optjax.checkpoints.flax_writer import write_flax
 from optjax.checkpoints.lazy import LazyTensor
+from optjax.checkpoints.quantized import config_entry
 from optjax.checkpoints.safetensors_writer import write_safetensors
 from optjax.params import Params
 
@@ -35,6 +36,7 @@ _FORMATS: dict[str, tuple[Callable[[BinaryIO, Sequence[Entry]], None], Callable[
     "safetensors": (write_safetensors, torch_entries),
     "flax": (write_flax, flax_entries),
 }
+_HOLD_CODES = ("safetensors",)  # formats for quantized weights too
 
 
 def save_params(
@@ -46,8 +48,9 @@ def save_params(
     """Writes params as Hugging Face lays them out: weights, config.json, generation_config.json.
 
     transformers loads the folder as it is (``from_flax`` models for ``"flax"``). Stacked params are written like any
-    others. Tensors go to the files one at a time. Files appear under their names only once all of them are complete, so
-    that a failure leaves the folder's earlier checkpoint as it was. Weights of the other format in the folder stay.
+    others. Quantized params are written as they are, in codes and scales that only optjax reads. Tensors go to the
+    files one at a time. Files appear under their names only once all of them are complete, so that a failure leaves the
+    folder's earlier checkpoint as it was. Weights of the other format in the folder stay.
 
     Params that are spread over several processes are saved by all of them together; the first one writes the files,
     and nobody returns before they are there.
@@ -59,7 +62,8 @@ def save_params(
       max_shard_size: of one file, bytes or text such as ``"5GB"``; more weights go to several files and an index.
 
     Raises:
-      ValueError: unknown format, a size that makes no sense, params without values.
+      ValueError: unknown format or one that cannot hold quantized weights, a size that makes no sense, params without
+        values.
     """
     if not isinstance(params, Params):
         raise ValueError(f"params should be what init_params or load_params return, not {type(params).__name__}")
@@ -68,6 +72,11 @@ def save_params(
     leaves = jax.tree.leaves(params)
     if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray | LazyTensor) for x in leaves):
         raise ValueError("params hold something that is no array of values (abstract_params? inside jit?)")
+    if params.quantization is not None and format not in _HOLD_CODES:
+        raise ValueError(
+            f"{format} files cannot hold weights quantized to {params.quantization.kind}; "
+            f"write format={_HOLD_CODES[0]!r}, or optjax.dequantize them"
+        )
     limit = parse_size(max_shard_size)
     write, make_entries = _FORMATS[format]
     shards = _split(list(make_entries(params)), limit)
@@ -152,6 +161,8 @@ def _put_in_place(temporary: Path, folder: Path, files: list[str], name: str) ->
 def _config(params: Params) -> dict[str, Any]:
     config = params.config.to_dict()
     config.pop("dtype", None)
+    if params.quantization is not None:
+        config["quantization_config"] = config_entry(params.quantization)
     return config | {"architectures": [_ARCHITECTURES[params.head]], "torch_dtype": str(params.dtype)}
 
 

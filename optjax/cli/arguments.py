@@ -7,10 +7,16 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from optjax.cli.terminal import UsageError
+
+if TYPE_CHECKING:
+    from optjax.quantization.quantize import Quantization
 
 COMMANDS = ("generate", "convert", "info", "plan")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4", "nf4")
 
 _TEXT = """\
 OPT, Meta's open language models, in JAX. Without any download:
@@ -43,6 +49,31 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def add_revision(add: Any) -> None:
     add("--revision", metavar="NAME", help="branch, tag or commit, where SOURCE is a hub id")
+
+
+def add_quantize(add: Any) -> None:
+    text = "keep the matrices in 8 bits, or in 4 in groups (see --group-size); halves or quarters bfloat16's memory"
+    add("--quantize", choices=QUANTIZATIONS, help=text)
+    add("--group-size", type=count, metavar="N", help="weights that share a scale, for int4 and nf4 (default: 64)")
+
+
+def quantization(arguments: argparse.Namespace) -> Quantization | None:
+    """What --quantize and --group-size ask for.
+
+    Raises:
+      UsageError: they do not go together, or make no sense.
+    """
+    kind, size = arguments.quantize, arguments.group_size
+    if size is not None and kind in (None, "int8"):
+        raise UsageError("--group-size is for --quantize int4 and nf4")
+    if kind is None:
+        return None
+    from optjax.quantization.quantize import Quantization
+
+    try:
+        return Quantization(kind) if size is None else Quantization(kind, size)
+    except ValueError as error:
+        raise UsageError(f"--group-size: {error}") from None
 
 
 def count(text: str) -> int:

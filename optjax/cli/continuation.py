@@ -16,6 +16,7 @@ import numpy as np
 
 import optjax
 from optjax.cli import terminal
+from optjax.cli.arguments import quantization
 from optjax.cli.compilation_cache import keep_compiled_programs
 from optjax.cli.generate import MODEL, TOKENS, describe_sampling
 from optjax.cli.stop import StopBefore
@@ -66,7 +67,13 @@ class Continuation:
             mesh = make_mesh(arguments.mesh)
         progress = False if arguments.quiet else None
         self.params = optjax.load_params(
-            arguments.model, dtype, "causal_lm", mesh, revision=arguments.revision, progress=progress
+            arguments.model,
+            dtype,
+            "causal_lm",
+            mesh,
+            revision=arguments.revision,
+            progress=progress,
+            quantization=quantization(arguments),
         )
         self.config = self.params.config
         self.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
@@ -81,6 +88,8 @@ class Continuation:
     def _title(self, dtype: str) -> str:
         name = self.arguments.model
         size = f"{optjax.count_params(self.config) / 1e6:,.1f}M parameters, {dtype} on {jax.default_backend()}"
+        if self.params.quantization is not None:
+            size = size.replace(f", {dtype}", f", {self.params.quantization.kind} for {dtype}")
         if self.arguments.mesh is not None:
             size += f", {self.arguments.mesh}"
         other = "; it ships with optjax, --model takes others" if name == MODEL else ""

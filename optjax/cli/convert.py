@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optjax.cli import terminal
-from optjax.cli.arguments import DTYPES, add_revision
+from optjax.cli.arguments import DTYPES, add_quantize, add_revision, quantization
 from optjax.cli.terminal import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ SUMMARY = "write a checkpoint of any format in the Hugging Face layout"
 OPERANDS = "SOURCE DEST"
 TEXT = """\
 Reads a checkpoint of any format that optjax knows and writes it as Hugging Face
-lays it out, with its tokenizer; transformers loads the result.
+lays it out, with its tokenizer; transformers loads the result (unless quantized,
+which optjax loads: its codes, and a quantization_config in config.json).
 
 Read: safetensors and .bin, Flax .msgpack, TF .h5 (one file or many), metaseq .pt
 (consolidated, model-parallel parts, FSDP shards), Alpa's folder of arrays.
@@ -37,6 +38,7 @@ examples:
   optjax convert metaseq/reshard.pt opt-350m --tokenizer facebook/opt-350m
   optjax convert opt-13b opt-13b-bf16 --dtype bfloat16 --max-shard-size 2GB
   optjax convert opt-125m opt-125m-flax --format flax
+  optjax convert opt-30b opt-30b-int8 --quantize int8
 
 DEST appears when all of it is written; a failure leaves nothing behind.
 """
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dest", metavar="DEST", type=Path, help="the folder to write; new or empty")
     add("--format", choices=("safetensors", "flax"), default="safetensors", help="to write (default: safetensors)")
     add("--dtype", choices=DTYPES, help="cast the weights (default: as they are)")
+    add_quantize(add)
     add("--head", choices=HEADS, help="the head to keep, base for none (default: the checkpoint's)")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 500MB (default: 5GB)")
     text = "a published size's name or a config.json, where the checkpoint has none or a wrong one"
@@ -64,6 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     dest: Path = arguments.dest.expanduser()
     if dest.exists() and not dest.is_dir():
         raise UsageError(f"{dest} is a file; a checkpoint is written to a folder")
+    wanted = quantization(arguments)
+    if arguments.format != "safetensors" and wanted is not None:
+        raise UsageError(f"--format {arguments.format} cannot hold quantized weights; leave --format or --quantize out")
     replaces = dest.exists() and any(dest.iterdir())
     if replaces and not arguments.force:
         raise UsageError(f"{dest} is not empty; name another folder, or replace what is in it with --force")
@@ -79,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = _tokenizer_files(path, arguments)
     show = sys.stderr.isatty() and not arguments.quiet
     with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show) as advance:
-        params = lazy_params(opened, arguments.dtype, advance)
+        params = lazy_params(opened, arguments.dtype, advance, wanted)
         _check_space(params, dest)
         options = {"format": arguments.format, "max_shard_size": arguments.max_shard_size}
         if replaces:
@@ -90,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
                 save_params(params, staging, **options)
                 _copy(files, staging)
     if not arguments.quiet:
-        _summarize(opened, files, dest)
+        made = wanted or opened.quantization
+        _summarize(opened, files, dest, None if made is None else made.kind)
     return 0
 
 
@@ -178,7 +185,7 @@ def _copy(files: list[Path], folder: Path) -> None:
             os.replace(folder / f".{file.name}.new", target)
 
 
-def _summarize(opened: Opened, tokenizer: list[Path], dest: Path) -> None:
+def _summarize(opened: Opened, tokenizer: list[Path], dest: Path, quantized: str | None) -> None:
     from optjax.cli.units import count, size
     from optjax.declaration import count_params
 
@@ -186,4 +193,6 @@ def _summarize(opened: Opened, tokenizer: list[Path], dest: Path) -> None:
     total = size(sum(path.stat().st_size for path in files))
     parameters = count(count_params(opened.config, opened.head))
     extra = ", with the tokenizer" if tokenizer else ""
-    terminal.note(f"{dest}: {parameters} parameters from {opened.found.format}, {len(files)} files of {total}{extra}")
+    kind = f" in {quantized}" if quantized else ""
+    source = opened.found.format
+    terminal.note(f"{dest}: {parameters} parameters{kind} from {source}, {len(files)} files of {total}{extra}")

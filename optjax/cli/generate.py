@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from optjax.cli.arguments import DTYPES, add_revision, count, seed
+from optjax.cli.arguments import DTYPES, add_quantize, add_revision, count, quantization, seed
 from optjax.cli.terminal import UsageError
 
 SUMMARY = "continue a prompt"
@@ -26,6 +26,7 @@ examples:
   optjax generate --model ./my-checkpoint --num-return-sequences 3 "Dear Sir,"
   optjax generate --model facebook/opt-30b --mesh tensor=8 "The sea"
   optjax generate --stop "\\n\\n" "Question: why is the sea salt?\\nAnswer:"
+  optjax generate --model facebook/opt-6.7b --quantize int8 "The sea"
   echo "It was a dark night" | optjax generate
   optjax generate --file prompts.txt --jsonl > answers.jsonl
 
@@ -58,6 +59,7 @@ def _add_model(group: Any) -> None:
     add_revision(add)
     text = "of weights and computation (default: float32 on CPU, bfloat16 on GPU and TPU)"
     add("--dtype", choices=DTYPES, help=text)
+    add_quantize(add)
     text = "spread the model over devices: tensor=4, or fsdp=2,tensor=4; -1 stands for all that are left (one device)"
     add("--mesh", metavar="AXES", help=text)
 
@@ -114,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optjax.cli.prompts import read_prompts
 
     options = _options(arguments)
+    quantization(arguments)
     prompts = read_prompts(arguments.prompt, arguments.file, quiet=arguments.quiet)
 
     # From here on it takes jax.

@@ -96,6 +96,7 @@ def _find(source: str, revision: str | None) -> Model:
 def _read(name: str, path: Path) -> Model:
     from optjax.checkpoints.detect import find_checkpoint
     from optjax.checkpoints.open import open_checkpoint
+    from optjax.checkpoints.quantized import config_entry
 
     try:
         find_checkpoint(path)
@@ -110,6 +111,8 @@ def _read(name: str, path: Path) -> Model:
         "files": len(opened.found.files),
         "bytes": sum(file.stat().st_size for file in opened.found.files),
         "dtypes": sorted({tensor.dtype.name for tensor in tensors}),
+        "weights": opened.nbytes,
+        "quantization": None if opened.quantization is None else config_entry(opened.quantization),
         "tokenizer": any((opened.found.folder / file).is_file() for file in ("tokenizer.json", "merges.txt")),
     }
     return Model(name, opened.config, opened.head, files)

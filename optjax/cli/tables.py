@@ -79,7 +79,15 @@ def _details(model: Model) -> Iterator[tuple[str, str]]:
     yield "head in the files", (model.head or "base") if files else ""
     yield "files", f"{files['files']} {files['format']}, {size(files['bytes'])}" if files else ""
     yield "stored as", ", ".join(files["dtypes"]) if files else ""
+    yield "quantized", _quantized(files["quantization"]) if files else ""
+    yield "weights in the files", size(files["weights"]) if files else ""
     yield "tokenizer", ("yes" if files["tokenizer"] else "no") if files else ""
+
+
+def _quantized(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    return f"{entry['kind']} in groups of {entry['group_size']}" if "group_size" in entry else entry["kind"]
 
 
 def _line(model: Model) -> list[str]:

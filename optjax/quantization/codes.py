@@ -94,3 +94,9 @@ def unpack_on_host(packed: np.ndarray, kind: str, group_size: int) -> np.ndarray
     halves = packed.reshape(-1, group_size // 2, packed.shape[-1])
     codes = np.concatenate([(halves << 4) >> 4, halves >> 4], axis=1).reshape(-1, packed.shape[-1])
     return codes.astype(ml_dtypes.int4) if kind == "int4" else (codes & 15).astype(ml_dtypes.uint4)
+
+
+def pack_on_host(codes: np.ndarray, group_size: int) -> np.ndarray:
+    """The other way round."""
+    codes = codes.astype(np.int8).reshape(-1, 2, group_size // 2, codes.shape[-1])
+    return ((codes[:, 0] & 15) | (codes[:, 1] << 4)).reshape(-1, codes.shape[-1])

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from optjax.declaration import Weight
+from optjax.config import OPTConfig
+from optjax.declaration import Weight, declare
 from optjax.params import Params, build_params
 from optjax.placed import platform
 from optjax.quantization.codes import KINDS
@@ -172,6 +173,15 @@ def check_groups(quantization: Quantization, weight: Weight, placement: Placemen
             f"{weight.path} {weight.shape}: {n_in} inputs over {shards} devices are no whole groups of {size}; "
             f"choose a group_size that divides {n_in // shards}, or a mesh that does not split {axis!r}"
         )
+
+
+def check_placement(
+    quantization: Quantization | None, config: OPTConfig, head: str | None, placement: Placement | None
+) -> None:
+    """`check_groups` of every weight of a model, before any is read."""
+    if quantization is not None:
+        for weight in declare(config, head):
+            check_groups(quantization, weight, placement)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

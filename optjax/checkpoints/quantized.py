@@ -1,0 +1,157 @@
+"""Quantized weights in files: what they are called there, what shape they have, and which config.json goes with them.
+
+A quantized matrix ``….weight`` is stored as its codes in int8 (4-bit codes two in a byte; `optjax.quantization.codes`)
+under its own name, and its scales under ``….weight_scale``; everything else as ever. config.json says how:
+``"quantization_config": {"quant_method": "optjax", "kind": "int4", "group_size": 64}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optjax.checkpoints.errors import CheckpointError, shorten
+from optjax.checkpoints.place import Placer
+from optjax.checkpoints.tensors import Index, TensorRef, block
+from optjax.config import OPTConfig
+from optjax.declaration import Weight
+from optjax.quantization.codes import unpack_on_host
+from optjax.quantization.quantize import Quantization
+from optjax.quantization.weight import QuantizedWeight, encode
+
+METHOD = "optjax"
+SCALE = "_scale"
+
+
+def config_entry(quantization: Quantization) -> dict[str, Any]:
+    """``quantization_config`` of config.json."""
+    entry: dict[str, Any] = {"quant_method": METHOD, "kind": quantization.kind}
+    return entry if quantization.kind == "int8" else entry | {"group_size": quantization.group_size}
+
+
+def split_config(config: OPTConfig, where: Path) -> tuple[OPTConfig, Quantization | None]:
+    """A config without its ``quantization_config``, and what that says.
+
+    Raises:
+      CheckpointError: it speaks of another library's quantization, or makes no sense.
+    """
+    extra = dict(config.extra)
+    entry = json.loads(extra.pop("quantization_config", "null"))
+    config = dataclasses.replace(config, extra=tuple(extra.items()))
+    if not entry:
+        return config, None
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    if method != METHOD:
+        raise CheckpointError(
+            f"{where} holds a checkpoint quantized by {shorten(str(method))!r}, which optjax does not read; "
+            "load the original with quantization="
+        )
+    known = {field.name for field in dataclasses.fields(Quantization)}
+    try:
+        return config, Quantization(**{name: value for name, value in entry.items() if name in known})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: quantization_config: {shorten(str(error))}") from None
+
+
+@cache
+def stored(quantization: Quantization, weight: Weight) -> QuantizedWeight | None:
+    """The shapes and dtypes of a weight's codes and scales in a file; None for one that is not quantized."""
+    kind = quantization.kind_of(weight)
+    if kind is None:
+        return None
+    make = partial(encode, kind=kind, group_size=quantization.group_size, dtype=jnp.float32, native=False)
+    return jax.eval_shape(make, jax.ShapeDtypeStruct(weight.shape, jnp.float32))
+
+
+def parts(weight: Weight, made: QuantizedWeight) -> tuple[Weight, Weight]:
+    """Codes and scales as if they were weights of their own."""
+    values, scales = made.axes(weight.axes)
+    return (
+        dataclasses.replace(weight, shape=tuple(made.values.shape), axes=values),
+        dataclasses.replace(weight, path=weight.path + SCALE, shape=tuple(made.scales.shape), axes=scales),
+    )
+
+
+def read_quantized(
+    place: Placer,
+    platform: str,
+    quantization: Quantization,
+    weight: Weight,
+    layer: int | None,
+    values: TensorRef,
+    scales: TensorRef,
+    dtype: Any,
+) -> QuantizedWeight:
+    """A weight from its codes and scales, placed as `place` has it."""
+    made = stored(quantization, weight)
+    assert made is not None
+    of_values, of_scales = parts(weight, made)
+    if made.kind != "int8" and platform == "tpu":
+        values = Unpacked(values, made.kind, made.group_size)
+        of_values = dataclasses.replace(of_values, shape=values.shape)
+    placed = place(of_values, layer, values, values.dtype), place(of_scales, layer, scales, scales.dtype)
+    return dataclasses.replace(made, values=placed[0], scales=placed[1], dtype=np.dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Unpacked(TensorRef):
+    """4-bit codes as jax's own 4-bit integers ``[in, out]``, of a tensor that holds two in a byte.
+
+    A block of it begins and ends with whole groups.
+    """
+
+    ref: TensorRef
+    kind: str
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (2 * self.ref.shape[0], self.ref.shape[1])
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        return np.dtype(jnp.int4 if self.kind == "int4" else jnp.uint4)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        (start, stop), columns = block(index, self.shape)
+        packed = self.ref.read((slice(start // 2, stop // 2), slice(*columns)))
+        return unpack_on_host(packed, self.kind, self.group_size)
+
+
+@dataclass
+class LazyQuantized:
+    """A weight that is read and quantized when its codes are asked for; the scales are kept until their turn comes."""
+
+    ref: TensorRef
+    kind: str
+    group_size: int
+    advance: Callable[[int], None]
+    scales: np.ndarray | None = None
+
+    def read_values(self) -> np.ndarray:
+        array = jnp.asarray(self.ref.read())
+        made = _encode(array, self.kind, self.group_size)
+        self.advance(self.ref.nbytes)
+        self.scales = np.asarray(made.scales)
+        return np.asarray(made.values)
+
+    def read_scales(self) -> np.ndarray:
+        if self.scales is None:
+            self.read_values()
+        kept, self.scales = self.scales, None
+        assert kept is not None
+        return kept
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _encode(array: jax.Array, kind: str, group_size: int) -> QuantizedWeight:
+    return encode(array, kind, group_size, array.dtype, native=False)
