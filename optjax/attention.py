@@ -40,12 +40,12 @@ def attend(
     """
 
     def weigh(scores: jax.Array) -> jax.Array:
-        return _weights(scores, mask, head_mask, dropout, dropout_key)
+        return weights_of(scores, mask, head_mask, dropout, dropout_key)
 
-    return _attend_heads(q, k, v, weigh) if layout == "heads" else _attend_flat(q, k, v, weigh, groups)
+    return attend_heads(q, k, v, weigh) if layout == "heads" else _attend_flat(q, k, v, weigh, groups)
 
 
-def _weights(scores, mask, head_mask, dropout, dropout_key, rows=None, columns: int | None = None) -> jax.Array:
+def weights_of(scores, mask, head_mask, dropout, dropout_key, rows=None, columns: int | None = None) -> jax.Array:
     """Weights ``[B, H, T, S]`` from scores of the same shape: all of them, or these rows of the first columns."""
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
     if dropout_key is not None and dropout > 0:
@@ -56,7 +56,8 @@ def _weights(scores, mask, head_mask, dropout, dropout_key, rows=None, columns: 
     return weights
 
 
-def _attend_heads(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
+def attend_heads(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
+    """`attend` in the layout ``"heads"``; ``weigh`` makes weights from scores ``[B, H, T, S]``."""
     b, t, h, d = q.shape
     # Without the batch dimension where k has none: see cache.py.
     q = q.reshape(*k.shape[:-3], t, h, d)
@@ -67,11 +68,15 @@ def _attend_heads(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
     return out.reshape(b, t, h * d), weights
 
 
+def by_heads(flat: jax.Array, heads: int) -> jax.Array:
+    """Keys or values ``[B, S, D]`` as ``[B, H, S, K]``."""
+    return flat.reshape(*flat.shape[:2], heads, -1).swapaxes(1, 2)
+
+
 def _attend_flat(q, k, v, weigh, groups: int) -> tuple[jax.Array, jax.Array]:
     b, t, h, d = q.shape
     if t > 1:
-        k, v = (x.reshape(b, -1, h, d).swapaxes(1, 2) for x in (k, v))
-        return _attend_heads(q, k, v, weigh)
+        return attend_heads(q, *(by_heads(x, h) for x in (k, v)), weigh)
     # One query: lay q out block-diagonally, so that the scores of all heads of a device (n = H / G) are one matrix
     # product with its flat keys (c = D / G). It multiplies n times more zeros, on a unit that waits for memory anyway.
     n, c = h // groups, h * d // groups
@@ -83,51 +88,6 @@ def _attend_flat(q, k, v, weigh, groups: int) -> tuple[jax.Array, jax.Array]:
     per_head = weights.astype(q.dtype).reshape(scores.shape)
     all_pairs = jnp.einsum("bgns,bsgc->bgnc", per_head, v)
     return (all_pairs * own).sum(2).reshape(b, 1, h * d), weights
-
-
-def attend_in_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    *,
-    block: int,
-    interleaved: bool,
-    head_mask: jax.Array | None = None,
-    dropout: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """`attend` (layout ``"heads"``, S = T, no past), for training over long rows: ``[B, T, D]`` and no weights.
-
-    Scores exist for ``block`` queries at a time, and are computed again in the backward pass. A block looks at no key
-    beyond its last query. Where the devices share out T, blocks are ``interleaved`` instead (every n-th query), so that
-    each device has its part of every block.
-    """
-    b, t, h, d = q.shape
-    n = t // block
-
-    # Without the barrier of prevent_cse the compiler finds the same scores in the forward pass, and keeps them.
-    @jax.checkpoint
-    def attend_block(q, k, v, mask, rows):
-        def weigh(scores: jax.Array) -> jax.Array:
-            return _weights(scores, mask, head_mask, dropout, dropout_key, rows, t)
-
-        return _attend_heads(q, k, v, weigh)[0]
-
-    queries = jnp.arange(t)
-    outs = []
-    for i in range(n):
-        if interleaved:
-            one = q.reshape(b, block, n, h, d)[:, :, i]
-            its_mask = mask.reshape(-1, 1, block, n, t)[:, :, :, i]
-            outs.append(attend_block(one, k, v, its_mask, queries[i::n]))
-        else:
-            rows, keys = slice(i * block, (i + 1) * block), slice((i + 1) * block)
-            one_k, one_v = k[..., keys, :], v[..., keys, :]
-            outs.append(attend_block(q[:, rows], one_k, one_v, mask[:, :, rows, keys], queries[rows]))
-    if interleaved:
-        return jnp.stack(outs, 2).reshape(b, t, h * d)
-    return jnp.concatenate(outs, 1)
 
 
 def _drop_weights(weights: jax.Array, rate: float, key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from optjax.attention import attend, attend_in_blocks, drop
+from optjax.attention import attend, drop
+from optjax.attention_blocks import attend_all_keys_in_blocks, attend_in_blocks
 from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
@@ -47,8 +48,8 @@ def decoder_layer(
 ):
     """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers.
 
-    Computes in the dtype of ``x``, whatever that of the weights. With ``query_block``, which is for training, attention
-    goes over so many queries at a time, and its weights are None.
+    Computes in the dtype of ``x``, whatever that of the weights. With ``query_block`` attention goes over so many
+    queries at a time, and its weights are None.
     """
     attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
     pre_norm = config.do_layer_norm_before
@@ -125,8 +126,12 @@ def _self_attention(config: OPTConfig, placement: Any, weights, x, mask, head_ma
         groups = 1 if placement is None else placement.shards("heads")
         out, attention = attend(q, k, v, mask, layout=layout, groups=groups, **options)
     else:
-        spread = placement is not None and placement.shards("length") > 1
-        out, attention = attend_in_blocks(q, k, v, mask, block=query_block, interleaved=spread, **options), None
+        attention = None
+        options |= dict(block=query_block, interleaved=placement is not None and placement.shards("length") > 1)
+        if past is None and t % query_block == 0:
+            out = attend_in_blocks(q, k, v, mask, **options)
+        else:
+            out = attend_all_keys_in_blocks(q, k, v, mask, layout=layout, **options)
     out = constrain(placement, out, "batch", "length", "heads")
     return linear(out, weights["out_proj"], placement=placement), attention, buffers
 

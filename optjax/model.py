@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.attention import causal_mask
+from optjax.attention_blocks import block_of_queries
 from optjax.cache import Cache
 from optjax.declaration import logical_axes
 from optjax.layer import decoder_layer, layer_norm, linear
@@ -156,11 +157,14 @@ def decoder(
         all_masks = jax.lax.dynamic_update_slice_in_dim(cache.mask, new_mask, cache.index, axis=1)
         mask = causal_mask(all_masks, cache.index + columns)
     keep_hidden, keep_attention = output_hidden_states, output_attentions
+    block = None
+    if not keep_attention:
+        block = block_of_queries(placement, b, t, mask.shape[-1], config.num_attention_heads)
 
     def layer(x, weights, i, head_mask, buffers):
         key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, i)
         past = None if cache is None else (*buffers, cache.index, cache.layout)
-        y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past)
+        y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past, block)
         return y, (x if keep_hidden else None, attention if keep_attention else None, buffers)
 
     hidden: Any

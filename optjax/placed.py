@@ -21,6 +21,11 @@ def platform(placement: Placement | None) -> str:
     return jax.default_backend() if placement is None else placement.platform
 
 
+def parts(placement: Placement | None, size: int, axis: str) -> int:
+    """The number of parts that a dimension of an activation is split into, by its logical axis."""
+    return 1 if placement is None else size // placement.fitting((size,), (axis,)).shard_shape((size,))[0]
+
+
 def constrain(placement: Placement | None, x: jax.Array, *axes: str | None) -> jax.Array:
     """An activation, with the logical axis of each dimension."""
     return x if placement is None else placement.constrain(x, axes)
