@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
@@ -15,9 +16,9 @@ TEST := $(VENV)/.test
 demo: $(CORE)
 	$(BIN)/optjax generate "The old house stood at the end of the road, and"
 
-# `make test ARGS="tests/test_tokenizer.py -k padding"` runs a part.
+# `make test ARGS="tests/test_tokenizer.py -k padding"` runs a part. Two processes side by side: compiling takes one core.
 test: $(TEST)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(TEST)
 	$(BIN)/ruff check .
