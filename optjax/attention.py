@@ -105,6 +105,10 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def causal_mask(key_mask: jax.Array, query_columns: jax.Array) -> jax.Array:
-    """``[B, 1, T, S]``: key column s is open to a query in column t where s ≤ t and ``key_mask`` ``[B, S]`` is True."""
+    """``[B, 1, T, S]``: key column s is open to a query in column t where s ≤ t and ``key_mask`` ``[B, S]`` is True.
+
+    Query columns are ``[T]``, or ``[B, T]`` where they differ by row.
+    """
     columns: Any = jnp.arange(key_mask.shape[1], dtype=jnp.int32)
-    return key_mask[:, None, None, :] & (columns[None, :] <= query_columns[:, None])[None, None]
+    past = columns <= query_columns[..., None]
+    return key_mask[:, None, None, :] & (past[:, None] if past.ndim == 3 else past[None, None])

@@ -42,7 +42,7 @@ class Cache:
       keys, values: one array a layer, ``[B, H, S, K]`` (``[H, S, K]`` where B is 1) or ``[B, S, D]``, by ``layout``.
       mask: ``[B, S]`` bool, the columns that hold real tokens.
       lengths: ``[B]`` int32, how many real tokens each row holds: the position of its next one.
-      index: int32 scalar, the column that the next call writes first.
+      index: int32 scalar, the column that the next call writes first; or ``[B]``, one for each of several rows.
       layout: ``"heads"`` or ``"flat"``.
     """
 
@@ -124,12 +124,20 @@ def default_layout(platform: str) -> str:
 
 def write_columns(buffer: jax.Array, new: jax.Array, index: jax.Array, layout: str) -> jax.Array:
     """One layer's ``buffer`` with ``new`` ``[B, T, H, K]`` written at columns ``index`` to ``index + T``."""
-    b, t, h, k = new.shape
-    if layout == "heads":
-        new = new.swapaxes(1, 2).reshape(*buffer.shape[:-2], t, k)
-    else:
-        new = new.reshape(b, t, h * k)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis=-2)
+    if index.ndim:
+        one_row = partial(write_columns, layout=layout)
+        return jax.vmap(lambda buffer, new, index: one_row(buffer, new[None], index))(buffer, new, index)
+    t = new.shape[1]
+    new = new.swapaxes(1, 2) if layout == "heads" else new
+    new = new.reshape(*buffer.shape[:-2], t, buffer.shape[-1]).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=-2)
+
+
+def write_mask(mask: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """The cache's ``mask`` with ``new`` ``[B, T]`` written at columns ``index`` to ``index + T``."""
+    if index.ndim:
+        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(mask, new, index, 0)
+    return jax.lax.dynamic_update_slice_in_dim(mask, new, index, axis=1)
 
 
 def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from optjax.attention import causal_mask
 from optjax.attention_blocks import block_of_queries
-from optjax.cache import Cache
+from optjax.cache import Cache, write_mask
 from optjax.declaration import logical_axes
 from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.params import Params, as_key
@@ -154,8 +154,8 @@ def decoder(
     if cache is None:
         mask = causal_mask(new_mask, columns)
     else:
-        all_masks = jax.lax.dynamic_update_slice_in_dim(cache.mask, new_mask, cache.index, axis=1)
-        mask = causal_mask(all_masks, cache.index + columns)
+        all_masks = write_mask(cache.mask, new_mask, cache.index)
+        mask = causal_mask(all_masks, cache.index[..., None] + columns)
     keep_hidden, keep_attention = output_hidden_states, output_attentions
     block = None
     if not keep_attention:

@@ -18,12 +18,13 @@ from optjax.generation.loop import Choice, State, advance, run_generate, start
 from optjax.generation.options import Options
 from optjax.generation.processors import check_own_processors
 from optjax.generation.settings import Settings, as_settings
+from optjax.generation.speculative import Progress, advance_round, begin, run_speculative
 from optjax.params import Params, as_key
 from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, is_concrete
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["sequences", "logprobs", "scores"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["sequences", "logprobs", "scores", "passes"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
     """What `generate` returns with ``return_dict_in_generate``.
@@ -33,11 +34,14 @@ class GenerateOutput:
       logprobs: ``[B, N]`` float32, each new token's log-probability under the scores it was chosen by (transformers'
         ``compute_transition_scores(normalize_logits=True)``); 0 after the end of a row.
       scores: ``[B, N, V]`` float32, the processed scores of each step, if ``output_scores``; 0 past the last step.
+      passes: int32 scalar, passes of the model that it took, the prompt's included: one a token, or fewer where tokens
+        are guessed (``assistant_model``, ``prompt_lookup_num_tokens``).
     """
 
     sequences: jax.Array
     logprobs: jax.Array | None
     scores: jax.Array | None = None
+    passes: jax.Array | None = None
 
 
 def generate(
@@ -75,7 +79,8 @@ def generate(
     settings = dataclasses.replace(settings, output_logprobs=return_dict)
     run_ids, run_mask = _pad_to_bucket(ids, mask)
     n = int(max_new_tokens)
-    made, _ = run_generate(params, run_ids, run_mask, settings, key, np.int32(n), room=bucket(n))
+    run = run_generate if settings.speculation is None else run_speculative
+    made, passes = run(params, run_ids, run_mask, settings, key, np.int32(n), room=bucket(n))
     if is_concrete(made, ids):
         # On the host: a slice of another length on the device would be another program, and so would jnp.asarray.
         host: Choice = jax.device_get(made)
@@ -87,7 +92,7 @@ def generate(
     if not return_dict:
         return sequences
     logprobs, scores = (None if x is None else array(x[:, :n]) for x in (host.logprob, host.scores))
-    return GenerateOutput(sequences, logprobs, scores)
+    return GenerateOutput(sequences, logprobs, scores, passes)
 
 
 def stream(
@@ -113,6 +118,8 @@ def stream(
         raise ValueError("stream yields ids only; output_scores is for generate")
     ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
     run_ids, run_mask = _pad_to_bucket(ids, mask)
+    if settings.speculation is not None:
+        return _stream_rounds(params, run_ids, run_mask, jax.device_put(settings), key, int(max_new_tokens))
     return _stream(params, run_ids, run_mask, jax.device_put(settings), key, int(max_new_tokens))
 
 
@@ -126,6 +133,38 @@ def _stream(params: Params, ids, mask, settings: Settings, key, max_new_tokens: 
         if np.asarray(done).all():
             return
     yield np.asarray(state.choice.token)
+
+
+def _stream_rounds(params: Params, ids, mask, settings: Settings, key, max_new_tokens: int) -> Iterator[np.ndarray]:
+    """Of rounds that make several tokens, and not the same number in each row: those that all rows have."""
+    limit, yielded = np.int32(max_new_tokens), 0
+    state = _begin(params, ids, mask, settings, key, limit, room=bucket(max_new_tokens))
+    while True:
+        new, done, tokens = (np.asarray(x) for x in (state.new, state.done, state.made.token))
+        for step in range(yielded, int(new.max() if done.all() else new[~done].min())):
+            yield tokens[:, step]
+            yielded += 1
+        if done.all():
+            return
+        state = _advance_round(params, settings, key, limit, state)
+
+
+@partial(jax.jit, static_argnames="room")
+def _begin(params: Params, ids, mask, settings: Settings, key, limit, *, room: int) -> Progress:
+    return _whole(params, begin(params, ids, mask, settings, key, limit, room=room))
+
+
+@partial(jax.jit, donate_argnums=4)
+def _advance_round(params: Params, settings: Settings, key, limit, state: Progress) -> Progress:
+    return _whole(params, advance_round(params, settings, key, limit, state))
+
+
+def _whole(params: Params, state: Progress) -> Progress:
+    """What `_stream_rounds` reads, whole on every device."""
+    new, done = (constrain(params.placement, x, None) for x in (state.new, state.done))
+    token = constrain(params.placement, state.made.token, None, None)
+    made = dataclasses.replace(state.made, token=token)
+    return dataclasses.replace(state, new=new, done=done, made=made)
 
 
 @partial(jax.jit, static_argnames="room")
@@ -170,10 +209,15 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
     # How many tokens are real is not known while tracing a mask; one at least.
     longest = int(mask.sum(1).max()) if is_concrete(mask) else 1
     limit = config.max_position_embeddings
+    assistant = options.get("assistant_model")
+    whose = ""
+    if isinstance(assistant, Params) and assistant.config.max_position_embeddings < limit:
+        limit, whose = assistant.config.max_position_embeddings, "the assistant_model's "
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, more "
-            f"than max_position_embeddings = {limit}; shorten the prompt or ask for at most {max(limit - longest, 0)}"
+            f"than {whose}max_position_embeddings = {limit}; shorten the prompt or ask for at most "
+            f"{max(limit - longest, 0)}"
         )
     settings = as_settings(config, options, int(max_new_tokens))
     columns = bucket(ids.shape[1]) + bucket(int(max_new_tokens))

@@ -104,9 +104,7 @@ def run_generate(
 
 def start(params: Params, ids, mask, settings: Settings, key, room: int) -> State:
     """Reads prompts ``[B, T]`` and chooses the first token of each row; ``room`` tokens fit in all."""
-    order = jnp.argsort(mask, axis=1, stable=True)
-    # Real tokens to the right end, gaps closed: padding anywhere is padding on the left.
-    ids, mask = (jnp.take_along_axis(x, order, axis=1) for x in (ids, mask))
+    ids, mask = right_aligned(ids, mask)
     b, t = ids.shape
     with jax.named_scope("prefill"):
         cache = init_cache(params, b, t + room)
@@ -120,6 +118,12 @@ def start(params: Params, ids, mask, settings: Settings, key, room: int) -> Stat
     history = new_history(ids, mask, room, params.config.vocab_size, settings)
     done = jnp.zeros(ids.shape[0], bool)
     return _choose(settings, key, cache, history, done, logits)
+
+
+def right_aligned(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Real tokens at the right end, gaps closed: padding anywhere is padding on the left."""
+    order = jnp.argsort(mask, axis=1, stable=True)
+    return jnp.take_along_axis(ids, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
 def advance(params: Params, settings: Settings, key, state: State) -> State:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from optjax.params import Params
 
 
 class Options(TypedDict, total=False):
@@ -50,6 +53,13 @@ class Options(TypedDict, total=False):
       stop_strings: one text or several: a row ends with the token that completes one, wherever tokens begin and end,
         also one that began in the prompt. Needs ``tokenizer``. The last token may hold more text than the string.
       tokenizer: the `Tokenizer` of the ids, for stop_strings.
+      assistant_model: the params of a smaller model with the same vocabulary, which guesses some tokens ahead
+        (speculative decoding, Leviathan et al. 2023): the greedy ids or the distribution stay what they are, but for
+        rounding, in fewer passes of the model.
+      num_assistant_tokens: how many tokens it guesses at a time. 5 by default.
+      prompt_lookup_num_tokens: guess so many tokens by what followed the row's last n-gram before (Saxena 2023); for
+        texts that repeat parts of their prompts. No smaller model is needed.
+      max_matching_ngram_size: the longest n-gram that is looked for. 2 by default.
       num_return_sequences: samples a prompt; the prompt is computed once. Needs do_sample where above 1.
       output_scores: keep the processed scores of every step; `generate` only.
     """
@@ -82,5 +92,9 @@ class Options(TypedDict, total=False):
     pad_token_id: int | None
     stop_strings: str | Sequence[str] | None
     tokenizer: Any
+    assistant_model: Params
+    num_assistant_tokens: int
+    prompt_lookup_num_tokens: int
+    max_matching_ngram_size: int
     num_return_sequences: int
     output_scores: bool

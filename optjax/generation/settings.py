@@ -17,6 +17,7 @@ import numpy as np
 from optjax.config import OPTConfig
 from optjax.generation.options import Options
 from optjax.generation.reader import Reader
+from optjax.generation.speculation import Speculation, read_speculation
 from optjax.generation.stop_strings import StopTable, stop_table
 
 
@@ -37,6 +38,7 @@ from optjax.generation.stop_strings import StopTable, stop_table
         "suppressed",
         "begin_suppressed",
         "stop",
+        "speculation",
         "temperature",
         "top_k",
         "top_p",
@@ -69,6 +71,7 @@ class Settings:
       decay: the start and the factor of exponential_decay_length_penalty.
       suppressed, begin_suppressed: ``[V]`` bool.
       stop: what each token does to the search for stop_strings.
+      speculation: how tokens are guessed; None for one token a pass.
     """
 
     eos_ids: Any
@@ -85,6 +88,7 @@ class Settings:
     suppressed: Any = None
     begin_suppressed: Any = None
     stop: StopTable | None = None
+    speculation: Speculation | None = None
     temperature: Any = None
     top_k: Any = None
     top_p: Any = None
@@ -138,6 +142,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         remove_invalid_values=read.flag("remove_invalid_values"),
         renormalize_logits=read.flag("renormalize_logits"),
         logits_processor=read.functions("logits_processor"),
+        speculation=read_speculation(read, config),
         **_repetition(read, config),
         **_sequences(read, eos_ids),
         **_ends(read, eos_ids, max_new_tokens),
