@@ -141,7 +141,7 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
     dtype, on = x.dtype if dtype is None else dtype, platform(placement)
     weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
     if isinstance(weight, QuantizedWeight):
-        y = product(x, weight, on=on, spread=placement is not None)
+        y = product(x, weight, on=on, spread=placement is not None and placement.mesh.size > 1)
         return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
     if on == "cpu":
         return _linear_on_cpu(x, weight, bias).astype(dtype)

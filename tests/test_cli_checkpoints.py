@@ -224,7 +224,8 @@ def test_a_checkpoint_is_described_by_its_headers(run, source, monkeypatch):
     }
     file = (source / "model.safetensors").stat().st_size
     assert model["checkpoint"] == {
-        "format": "safetensors", "files": 1, "bytes": file, "dtypes": ["float32"], "tokenizer": True,
+        "format": "safetensors", "files": 1, "bytes": file, "dtypes": ["float32"], "quantization": None,
+        "weights": sum(array.nbytes for array in tensors.values()), "tokenizer": True,
     }  # fmt: skip
     assert model["memory"]["kv_cache"]["tokens"] == 64
     # A pipe is not as narrow as a terminal: no name is cut.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.match import expected
@@ -78,6 +79,8 @@ def _entries(params: Params, weight: Weight, layer: int | None, name: str) -> It
         raise ValueError(f"{name} should have shape {shape} by the config, but has {tuple(node.shape)}")
     taken = layer if stacked else None
     if not isinstance(node, QuantizedWeight):
+        if not jnp.issubdtype(node.dtype, jnp.floating):
+            raise ValueError(f"{name} is {node.dtype}; weights are saved as floating point, or quantized by optjax")
         yield Entry(name, weight.shape, np.dtype(node.dtype), node, taken)
         return
     assert params.quantization is not None

@@ -95,8 +95,8 @@ def read_quantized(
     made = stored(quantization, weight)
     assert made is not None
     of_values, of_scales = parts(weight, made)
-    if made.kind != "int8" and platform == "tpu":
-        values = Unpacked(values, made.kind, made.group_size)
+    if made.kind == "int4" and platform == "tpu":
+        values = Unpacked(values, made.group_size)
         of_values = dataclasses.replace(of_values, shape=values.shape)
     placed = place(of_values, layer, values, values.dtype), place(of_scales, layer, scales, scales.dtype)
     return dataclasses.replace(made, values=placed[0], scales=placed[1], dtype=np.dtype(dtype))
@@ -104,27 +104,23 @@ def read_quantized(
 
 @dataclass(frozen=True)
 class Unpacked(TensorRef):
-    """4-bit codes as jax's own 4-bit integers ``[in, out]``, of a tensor that holds two in a byte.
+    """int4 codes as jax's own 4-bit integers ``[in, out]``, of a tensor that holds two in a byte.
 
     A block of it begins and ends with whole groups.
     """
 
     ref: TensorRef
-    kind: str
     group_size: int
+    dtype = np.dtype(jnp.int4)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (2 * self.ref.shape[0], self.ref.shape[1])
 
-    @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
-        return np.dtype(jnp.int4 if self.kind == "int4" else jnp.uint4)
-
     def read(self, index: Index = ()) -> np.ndarray:
         (start, stop), columns = block(index, self.shape)
         packed = self.ref.read((slice(start // 2, stop // 2), slice(*columns)))
-        return unpack_on_host(packed, self.kind, self.group_size)
+        return unpack_on_host(packed, self.group_size)
 
 
 @dataclass

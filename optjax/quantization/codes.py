@@ -6,9 +6,9 @@
 QLoRA, section 3 and appendix E).
 
 Eight bits keep the shape ``[out, in]``. Four bits stand the other way round, ``[in, out]``: scales of groups then vary
-along the rows of the array, where every backend spreads them cheaply. They are stored as jax's own 4-bit integers,
-from which the TPU feeds its matrix unit without a detour; or, on CPU and GPU, where XLA would unpack those into a copy
-first, two in a byte: of a group of g inputs, byte k holds the code of k in its low bits and of k + g / 2 in its high.
+along the rows of the array, where every backend spreads them cheaply. On a TPU int4 is stored as jax's own 4-bit
+integers, from which its matrix unit is fed without a detour. All else, as XLA would unpack those into a copy first, is
+stored two in a byte: of a group of g inputs, byte k holds the code of k in its low bits and of k + g / 2 in its high.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def encode_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def encode_4bit(weight: jax.Array, kind: str, group_size: int, native: bool) -> tuple[jax.Array, jax.Array]:
-    """``[…, out, in]`` as 4-bit codes ``[…, in, out]`` (``[…, in / 2, out]`` unless ``native``), and scales.
+    """``[…, out, in]`` as 4-bit codes ``[…, in / 2, out]``, or ``[…, in, out]`` for ``native`` int4, and scales.
 
     Scales are ``[…, in / group_size, out]`` in bfloat16: rounded first, so that codes are the best there are for them.
     A last group that is not full is filled up with zeros.
@@ -56,26 +56,28 @@ def encode_4bit(weight: jax.Array, kind: str, group_size: int, native: bool) -> 
         codes = jnp.zeros(weight.shape, jnp.int8)
         for a, b in zip(NF4, NF4[1:], strict=False):
             codes += weight > (a + b) / 2
-    if native:
-        codes = codes.astype(jnp.int4 if kind == "int4" else jnp.uint4)
+    if native and kind == "int4":
+        codes = codes.astype(jnp.int4)
     else:
         first, second = codes[..., : group_size // 2, :], codes[..., group_size // 2 :, :]
         codes = (first & 15) | (second << 4)
     return codes.reshape(*lead, -1, out), scales
 
 
-def decode_4bit(values: jax.Array, kind: str, dtype: jnp.dtype) -> list[jax.Array]:
-    """What the codes stand for, before scaling: one array ``[…, in, out]``; or, packed, the two halves of groups."""
-    packed = values.dtype == jnp.int8
-    codes = [(values << 4) >> 4, values >> 4] if packed else [values]
+def decode_4bit(values: jax.Array, kind: str) -> list[jax.Array]:
+    """What the codes stand for, before scaling, in float32: the two halves of each group, ``[…, in / 2, out]``.
+
+    In 32 bits, as processors without smaller numbers in their vectors (TPU v5e, CPUs) would go to and fro.
+    """
+    wide = values.astype(jnp.int32)
     if kind == "int4":
-        return [each.astype(dtype) for each in codes]
-    return [_nf4(each & 15 if packed else each.astype(jnp.int8), dtype) for each in codes]
+        return [((wide << 28) >> 28).astype(jnp.float32), (wide >> 4).astype(jnp.float32)]
+    return [_nf4(wide & 15), _nf4((wide >> 4) & 15)]
 
 
-def _nf4(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _nf4(codes: jax.Array) -> jax.Array:
     """The levels of codes 0 to 15, by halving: a table's gather is slow on every backend."""
-    levels = [jnp.asarray(level, dtype) for level in NF4]
+    levels = [jnp.float32(level) for level in NF4]
     for bit in range(4):
         odd = (codes & (1 << bit)) != 0
         levels = [jnp.where(odd, b, a) for a, b in zip(levels[::2], levels[1::2], strict=True)]
@@ -87,13 +89,11 @@ def _inverse(scales: jax.Array) -> jax.Array:
     return jnp.where(scales == 0, 0.0, 1 / jnp.where(scales == 0, 1.0, scales))
 
 
-def unpack_on_host(packed: np.ndarray, kind: str, group_size: int) -> np.ndarray:
-    """Codes of two in a byte ``[in / 2, out]``, as jax's 4-bit integers ``[in, out]``."""
-    import ml_dtypes
-
+def unpack_on_host(packed: np.ndarray, group_size: int) -> np.ndarray:
+    """int4 codes of two in a byte ``[in / 2, out]``, as jax's 4-bit integers ``[in, out]``."""
     halves = packed.reshape(-1, group_size // 2, packed.shape[-1])
     codes = np.concatenate([(halves << 4) >> 4, halves >> 4], axis=1).reshape(-1, packed.shape[-1])
-    return codes.astype(ml_dtypes.int4) if kind == "int4" else (codes & 15).astype(ml_dtypes.uint4)
+    return codes.astype(jnp.int4)
 
 
 def pack_on_host(codes: np.ndarray, group_size: int) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 A scale that all inputs of an output share is multiplied onto the product. What XLA makes of the rest decides the form:
 
-- TPU: a cast to bfloat16 is fused into the matrix product. The scales of groups would be spread over the matrix off the
-  matrix unit; for few rows each group has a small product of its own instead, and its scales go onto that.
-- CPU: a cast is written out before a product. So a loop casts a block at a time, which stays in the processor's cache.
+- TPU, int8 and int4: a cast to bfloat16 is fused into the matrix product. The scales of groups would be spread over
+  the matrix off the matrix unit; for few rows each group has a small product of its own, and its scales go onto that.
+- CPU, and nf4: what is read is written out before a product. So a loop decodes a block at a time, which stays in the
+  processor's cache, or the TPU's fast memory.
 """
 
 from __future__ import annotations
@@ -37,36 +38,40 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if on == "cpu" and not spread:
         form = _int8_in_blocks if weight.kind == "int8" else _groups_in_blocks
-        y = form(flat.astype(jnp.promote_types(x.dtype, jnp.float32)), weight)
-    else:
+        return form(flat.astype(jnp.promote_types(x.dtype, jnp.float32)), weight).reshape(*x.shape[:-1], -1)
+    if alone := on == "tpu" and flat.shape[0] == 1:
+        flat = jnp.pad(flat, ((0, 7), (0, 0)))  # a product with one row would not go to the matrix unit
+    if weight.kind == "int8" or weight.native or spread:
         # Else a gradient would keep the matrix as it is cast: a copy of the weight, and in a scan of all layers'.
-        y = jax.checkpoint(_whole, static_argnums=(2, 3))(flat, weight, on, x.dtype if spread else jnp.float32)
+        y = jax.checkpoint(_whole, static_argnums=2)(flat, weight, x.dtype if spread else jnp.float32)
+    else:
+        y = _groups_in_blocks(flat, weight)
+    y = y[:1] if alone else y
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _whole(x: jax.Array, weight: QuantizedWeight, on: str, dtype: Any) -> jax.Array:
+def _whole(x: jax.Array, weight: QuantizedWeight, dtype: Any) -> jax.Array:
     if weight.kind == "int8":
         y = jnp.einsum("ri,oi->ro", x, weight.values.astype(x.dtype), preferred_element_type=dtype)
         return y * weight.scales.astype(dtype)
-    if on == "tpu" and x.shape[0] <= FEW_ROWS:
-        return _by_groups(x, weight).astype(dtype)
-    return jnp.einsum("ri,io->ro", x, weight.transposed(x.dtype), preferred_element_type=dtype)
-
-
-def _by_groups(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     groups, n_out = weight.scales.shape
-    partial = jnp.zeros((), jnp.float32)
-    for part, codes in zip(_split(x, weight), decode_4bit(weight.values, weight.kind, x.dtype), strict=True):
-        codes = codes.reshape(groups, -1, n_out)
-        partial += jnp.einsum("rgi,gio->gro", part, codes, preferred_element_type=jnp.float32)
-    return (partial * weight.scales.astype(jnp.float32)[:, None]).sum(0)
+    scales, y = weight.scales.astype(jnp.float32)[:, None], jnp.zeros((), dtype)
+    if weight.native and x.shape[0] <= FEW_ROWS:
+        codes = weight.values.astype(x.dtype).reshape(groups, -1, n_out)
+        y = jnp.einsum("rgi,gio->gro", *_split(x, weight), codes, preferred_element_type=jnp.float32)
+        return (y * scales).sum(0).astype(dtype)
+    parts = [weight.values.astype(jnp.float32)] if weight.native else decode_4bit(weight.values, weight.kind)
+    for part, codes in zip(_split(x, weight), parts, strict=True):
+        scaled = (codes.reshape(groups, -1, n_out) * scales).reshape(-1, n_out).astype(x.dtype)
+        y += jnp.einsum("ri,io->ro", part.reshape(x.shape[0], -1), scaled, preferred_element_type=dtype)
+    return y
 
 
 def _split(x: jax.Array, weight: QuantizedWeight) -> list[jax.Array]:
     """x ``[rows, in]`` as the codes lie: ``[rows, G, g]``, or the two halves of each group."""
     groups, size = weight.scales.shape[0], weight.group_size
     x = jnp.pad(x, ((0, 0), (0, groups * size - weight.n_in)))
-    parts = 2 if weight.values.dtype == jnp.int8 else 1
+    parts = 1 if weight.native else 2
     x = x.reshape(x.shape[0], groups, parts, size // parts)
     return [x[:, :, i] for i in range(parts)]
 
@@ -100,16 +105,17 @@ def _groups_in_blocks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     @jax.checkpoint
     def block(parts: list[jax.Array], values: jax.Array, scales: jax.Array, i: jax.Array) -> jax.Array:
         size = values.shape[0] // groups * n
-        codes = decode_4bit(jax.lax.dynamic_slice_in_dim(values, i * size, size), weight.kind, x.dtype)
-        scale = jax.lax.dynamic_slice_in_dim(scales, i * n, n).astype(x.dtype)
-        y = jnp.zeros((), x.dtype)
+        some = jax.lax.dynamic_slice_in_dim(values, i * size, size)
+        codes = [some.astype(jnp.float32)] if weight.native else decode_4bit(some, weight.kind)
+        scale = jax.lax.dynamic_slice_in_dim(scales, i * n, n).astype(jnp.float32)[:, None]
+        y = jnp.zeros((), jnp.float32)
         for part, code in zip(parts, codes, strict=True):
             part = jax.lax.dynamic_slice_in_dim(part, i * n, n, axis=1).reshape(x.shape[0], -1)
-            scaled = code.reshape(n, -1, n_out) * scale[:, None]
-            y += part @ scaled.reshape(-1, n_out)
+            scaled = (code.reshape(n, -1, n_out) * scale).reshape(-1, n_out).astype(x.dtype)
+            y += jnp.einsum("ri,io->ro", part, scaled, preferred_element_type=jnp.float32)
         return y
 
     def step(i, y):
         return y + block(parts, weight.values, weight.scales, i)
 
-    return jax.lax.fori_loop(0, groups // n, step, jnp.zeros((x.shape[0], n_out), x.dtype))
+    return jax.lax.fori_loop(0, groups // n, step, jnp.zeros((x.shape[0], n_out), jnp.float32))

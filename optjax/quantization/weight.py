@@ -56,6 +56,11 @@ class QuantizedWeight:
         return len(self.values.shape)
 
     @property
+    def native(self) -> bool:
+        """Whether 4-bit codes are jax's own 4-bit integers."""
+        return self.values.dtype == jnp.int4
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return nbytes(self.values) + nbytes(self.scales)
@@ -92,15 +97,15 @@ class QuantizedWeight:
     def transposed(self, dtype: Any) -> jax.Array:
         """The matrix ``[…, in, out]`` of a 4-bit weight: no transpose in memory."""
         *lead, groups, n_out = self.scales.shape
-        parts = decode_4bit(self.values, self.kind, dtype)
+        parts = [self.values.astype(jnp.float32)] if self.native else decode_4bit(self.values, self.kind)
         shape = (*lead, groups, 1, self.group_size // len(parts), n_out)
         whole = jnp.concatenate([part.reshape(shape) for part in parts], axis=-3)
-        scaled = whole * self.scales.astype(dtype)[..., None, None, :]
-        return scaled.reshape(*lead, -1, n_out)[..., : self.n_in, :]
+        scaled = whole * self.scales.astype(jnp.float32)[..., None, None, :]
+        return scaled.reshape(*lead, -1, n_out)[..., : self.n_in, :].astype(dtype)
 
 
 def encode(weight: jax.Array, kind: str, group_size: int, dtype: Any, *, native: bool) -> QuantizedWeight:
-    """A matrix ``[…, out, in]`` quantized; ``native`` chooses the storage of 4 bits (`codes`)."""
+    """A matrix ``[…, out, in]`` quantized; ``native`` chooses the storage of int4 (`codes`)."""
     n_in = weight.shape[-1]
     if kind == "int8":
         values, scales = encode_int8(weight)
