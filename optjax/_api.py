@@ -10,6 +10,7 @@ from optjax.model import forward
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
 from optjax.quantization.quantize import Quantization, dequantize, quantize
 from optjax.quantization.weight import QuantizedWeight
+from optjax.score import Score, score
 from optjax.tokenizer import Tokenizer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "GenerateOutput",
     "OPTConfig",
     "Params",
+    "Score",
     "Quantization",
     "QuantizedWeight",
     "Tokenizer",
@@ -37,6 +39,7 @@ __all__ = [
     "quantize",
     "question_answering",
     "save_params",
+    "score",
     "sequence_classification",
     "stack_layers",
     "stream",
