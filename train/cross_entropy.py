@@ -75,7 +75,8 @@ def _with_gradients(table, x, labels, scale, placement, axes, chunks):
     d_table = sums[0, 0] if placement is None else placement.total(sums, axes)
     b, t, e = x.shape
     dx = constrain(placement, jnp.moveaxis(dx, 0, 2).reshape(b, t, e), "batch", "residual_length", None)
-    return total.sum() * scale, (d_table.astype(table.dtype), dx)
+    # Left to itself the compiler keeps every device's whole sum until the layers are done.
+    return total.sum() * scale, jax.lax.optimization_barrier((d_table.astype(table.dtype), dx))
 
 
 def _scaled(placement, axes, chunks, gradients, cotangent):
