@@ -13,8 +13,8 @@ from optjax.placed import parts
 if TYPE_CHECKING:
     from optjax.sharding import Placement
 
-# Scores of a block, of all rows and heads of a device, should not take more bytes; nor should a block, for which all
-# keys are read again, have fewer queries.
+# Scores of a block, of all rows and heads of a device, should not take more bytes than this, or little more. A block
+# has a multiple of so many queries: all keys are read again for it, and a matrix unit is that wide.
 _BYTES = 128 << 20
 _QUERIES = 128
 
@@ -23,7 +23,7 @@ def block_of_queries(placement: Placement | None, rows: int, queries: int, keys:
     """How many queries to attend at a time; None for all of them."""
     each = 4 * rows * queries * keys * heads / parts(placement, rows, "batch") / parts(placement, heads, "heads")
     n = -(-each // parts(placement, queries, "length") // _BYTES)
-    block = max(-(-queries // int(n)), _QUERIES)
+    block = -(-queries // int(n) // _QUERIES) * _QUERIES
     return None if block >= queries else block
 
 
@@ -91,8 +91,6 @@ def attend_all_keys_in_blocks(
     """
     b, t, h, d = q.shape
     n = -(-t // block)
-    if layout == "flat":
-        k, v = (by_heads(x, h) for x in (k, v))
 
     def split(x: jax.Array, axis: int) -> jax.Array:
         x = jnp.pad(x, [(0, n * block - t if i == axis else 0) for i in range(x.ndim)])
@@ -107,7 +105,8 @@ def attend_all_keys_in_blocks(
         def weigh(scores: jax.Array) -> jax.Array:
             return weights_of(scores, mask, head_mask, dropout, dropout_key, rows)
 
-        return attend_heads(q, k, v, weigh)[0]
+        # By heads in here: else the whole cache would be laid out as this product likes it, in a copy that lasts.
+        return attend_heads(q, *((by_heads(x, h) for x in (k, v)) if layout == "flat" else (k, v)), weigh)[0]
 
     out = jax.lax.map(attend_block, (split(q, 1), split(mask, 2), split(jnp.arange(t), 0)))
     out = jnp.moveaxis(out, 0, 1 + interleaved).reshape(b, n * block, h * d)
