@@ -1,0 +1,161 @@
+"""What quantization costs in exactness: logits and perplexity on text, beside the same model in float32.
+
+    python -m bench.quantization                        # opt-mini on WikiText-2 and a novel: some minutes
+    python -m bench.quantization --model facebook/opt-125m --text my.txt --windows 32
+    python -m bench.quantization --save                 # also writes bench/results/quantization.md
+
+A text is cut into windows of the model's length (2048 tokens at most), each predicted from its own beginning; windows
+are taken evenly over the text. Both models see the same windows, so that the change is that of the weights alone. The
+largest error is that of any logit of any token, as a share of the largest logit; the mean one is the root of the mean
+square, as a share of the logits' standard deviation.
+
+Without --text, the texts are read from ../shared/data, if they are there: WikiText-2's test set, and a novel of which
+opt-mini has read nothing (Galsworthy, The Man of Property).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from bench import report
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+SAVED = ROOT / "bench" / "results" / "quantization.md"
+NOVEL = "Galsworthy_Man_1906"
+KINDS = ("int8", "int4", "int4:32", "nf4", "nf4:32")
+COLUMNS = ("", "weights, MB", "largest error", "mean error", "same first choice", "perplexity", "change")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="opt-mini")
+    parser.add_argument("--text", nargs="+", type=Path, default=[])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="such as int8, int4, or int4:32 for groups of 32")
+    parser.add_argument("--windows", type=int, default=64, help="of each text; 0 for all")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    texts = {path.name: path.read_text(encoding="utf-8") for path in args.text} or dict(shared_texts())
+    if not texts:
+        parser.error(f"no texts in {DATA}; name some with --text")
+    results = [result for name, text in texts.items() for result in compare(args, name, text)]
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+    if args.save:
+        about = report.machine()
+        SAVED.write_text(
+            f"# Quantized weights beside float32: {args.model}\n\n"
+            f"`python -m bench.quantization{'' if args.model == 'opt-mini' else f' --model {args.model}'}`, "
+            f"{about['date']}. Columns are explained in [bench/quantization.py](../quantization.py).\n"
+            + tables(results)
+        )
+
+
+def shared_texts():
+    """The texts by their names, as far as they are here."""
+    if (DATA / "eval" / "wiki.test.raw").is_file():
+        yield "WikiText-2, test", (DATA / "eval" / "wiki.test.raw").read_text(encoding="utf-8")
+    if (DATA / "corpora.tar.xz").is_file():
+        with tarfile.open(DATA / "corpora.tar.xz") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if NOVEL in member.name else None
+                if file is not None:
+                    yield "The Man of Property", file.read().decode("utf-8-sig").replace("\r\n", "\n")
+                    return
+
+
+def compare(args: argparse.Namespace, name: str, text: str) -> list[dict[str, Any]]:
+    """The figures of each kind on a text; float32's own come first."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import optjax
+
+    params, tokenizer = optjax.load(args.model, "float32")
+    length = min(params.config.max_position_embeddings, 2048)
+    ids = np.asarray(tokenizer.encode(text), np.int32)
+    ids = ids[: len(ids) // length * length].reshape(-1, length)
+    if args.windows and len(ids) > args.windows:
+        ids = ids[np.linspace(0, len(ids) - 1, args.windows).round().astype(int)]
+    batches = [ids[i : i + args.batch_size] for i in range(0, len(ids), args.batch_size)]
+
+    @jax.jit
+    def look(params, batch):
+        out = optjax.causal_lm(params, batch, labels=batch)
+        return out.logits, out.loss
+
+    @jax.jit
+    def differ(ours, theirs):
+        error = ours - theirs
+        same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
+        return jnp.abs(error).max(), jnp.abs(theirs).max(), jnp.square(error).mean(), theirs.var(-1).mean(), same
+
+    def megabytes(params) -> float:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
+
+    def quantization(kind: str):
+        kind, _, size = kind.partition(":")
+        return optjax.Quantization(kind, int(size)) if size else optjax.Quantization(kind)
+
+    models = {kind: optjax.quantize(params, quantization(kind)) for kind in args.kinds}
+    found: dict[str, list] = {kind: [] for kind in models}
+    losses: dict[str, list[float]] = {kind: [] for kind in ("float32", *models)}
+    for batch in batches:
+        theirs, loss = look(params, batch)
+        losses["float32"].append(float(loss) * len(batch))
+        for kind, model in models.items():
+            ours, loss = look(model, batch)
+            losses[kind].append(float(loss) * len(batch))
+            found[kind].append([float(x) for x in differ(ours, theirs)])
+    mean = {kind: sum(each) / len(ids) for kind, each in losses.items()}
+    results: list[dict[str, Any]] = [
+        {"text": name, "tokens": int(ids.size), "kind": "float32", "megabytes": megabytes(params)}
+        | {"perplexity": math.exp(mean["float32"])}
+    ]
+    for kind, model in models.items():
+        each = np.asarray(found[kind])
+        results.append(
+            {
+                "text": name,
+                "tokens": int(ids.size),
+                "kind": kind,
+                "megabytes": megabytes(model),
+                "largest_error": each[:, 0].max() / each[:, 1].max(),
+                "mean_error": math.sqrt(each[:, 2].mean() / each[:, 3].mean()),
+                "same_first_choice": each[:, 4].mean(),
+                "perplexity": math.exp(mean[kind]),
+                "change": math.exp(mean[kind] - mean["float32"]) - 1,
+            }
+        )
+    print(tables(results), flush=True)
+    return results
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """One table a text."""
+    lines: list[str] = []
+    for i, r in enumerate(results):
+        if i == 0 or results[i - 1]["text"] != r["text"]:
+            lines += ["", f"## {r['text']}, {r['tokens']:,} tokens", "", f"| {' | '.join(COLUMNS)} |"]
+            lines += ["|-|" + "-:|" * (len(COLUMNS) - 1)]
+        kind, _, size = r["kind"].partition(":")
+        cells = [f"{kind}, groups of {size}" if size else kind, f"{r['megabytes']:.2f}"]
+        if "change" in r:
+            cells += [f"{r[name]:.2%}" for name in ("largest_error", "mean_error", "same_first_choice")]
+            cells += [f"{r['perplexity']:.3f}", f"{r['change']:+.3%}"]
+        else:
+            cells += ["", "", "", f"{r['perplexity']:.3f}", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
