@@ -10,6 +10,9 @@ import jax.numpy as jnp
 # Finite, so that a row with every key masked stays finite in every dtype (Hugging Face #17433).
 MASKED = -1e30
 
+# Up to this many queries of a row meet flat keys where they lie; for more, the keys of each head are gathered first.
+FEW_QUERIES = 8
+
 AttentionWeights = jax.Array
 
 
@@ -75,19 +78,20 @@ def by_heads(flat: jax.Array, heads: int) -> jax.Array:
 
 def _attend_flat(q, k, v, weigh, groups: int) -> tuple[jax.Array, jax.Array]:
     b, t, h, d = q.shape
-    if t > 1:
-        return attend_heads(q, *(by_heads(x, h) for x in (k, v)), weigh)
-    # One query: lay q out block-diagonally, so that the scores of all heads of a device (n = H / G) are one matrix
-    # product with its flat keys (c = D / G). It multiplies n times more zeros, on a unit that waits for memory anyway.
+    if t > FEW_QUERIES:
+        return attend_heads(q, by_heads(k, h), by_heads(v, h), weigh)
+    # A token's query, or those of a few side by side: lay q out block-diagonally, so that the scores of all heads of a
+    # device (n = H / G) are one matrix product with its flat keys (c = D / G). It multiplies n times more zeros, on a
+    # unit that waits for memory anyway.
     n, c = h // groups, h * d // groups
     k, v = (x.reshape(b, -1, groups, c).astype(q.dtype) for x in (k, v))
     own = jnp.repeat(jnp.eye(n, dtype=q.dtype), d, axis=1)  # [n, c]: the columns that are a head's own
-    blocks = q.reshape(b, groups, c, 1) * own.T
-    scores = jnp.einsum("bsgc,bgcn->bgns", k, blocks, preferred_element_type=jnp.float32)
-    weights = weigh(scores.reshape(b, h, 1, -1))
+    blocks = q.reshape(b, t, groups, c).transpose(0, 2, 3, 1)[:, :, :, None] * own.T[:, :, None]
+    scores = jnp.einsum("bsgc,bgcm->bgms", k, blocks.reshape(b, groups, c, n * t), preferred_element_type=jnp.float32)
+    weights = weigh(scores.reshape(b, h, t, -1))
     per_head = weights.astype(q.dtype).reshape(scores.shape)
-    all_pairs = jnp.einsum("bgns,bsgc->bgnc", per_head, v)
-    return (all_pairs * own).sum(2).reshape(b, 1, h * d), weights
+    all_pairs = jnp.einsum("bgms,bsgc->bgmc", per_head, v).reshape(b, groups, n, t, c)
+    return (all_pairs * own[:, None]).sum(2).swapaxes(1, 2).reshape(b, t, h * d), weights
 
 
 def _drop_weights(weights: jax.Array, rate: float, key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:

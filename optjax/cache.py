@@ -140,6 +140,27 @@ def write_mask(mask: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(mask, new, index, axis=1)
 
 
+def keep_one_column(cache: Cache, chosen: jax.Array, n: int) -> Cache:
+    """The cache with one of the n columns that were written last, for each row that which is ``chosen`` ``[B]``."""
+    first = cache.index - n
+
+    def keep(buffer: jax.Array) -> jax.Array:
+        columns = jax.lax.dynamic_slice_in_dim(buffer, first, n, axis=-2)
+        one_row = cache.layout == "heads" and cache.batch_size == 1
+        where = chosen.reshape((1,) * buffer.ndim if one_row else (-1, *(1,) * (buffer.ndim - 1)))
+        column = jnp.take_along_axis(columns, where, axis=-2)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, column, first, axis=-2)
+
+    return dataclasses.replace(
+        cache,
+        keys=jax.tree.map(keep, cache.keys),
+        values=jax.tree.map(keep, cache.values),
+        mask=cache.mask & (jnp.arange(cache.max_length) <= first),
+        lengths=cache.lengths - n + 1,
+        index=first + 1,
+    )
+
+
 def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
     """The cache with rows picked ``[B']``: for several samples of a prompt, or for beams."""
     b, picked = cache.batch_size, rows.shape[0]

@@ -87,12 +87,16 @@ def forward(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["ids", "embeds", "mask", "position_ids", "head_mask", "cache", "dropout_key"],
+    data_fields=["ids", "embeds", "mask", "position_ids", "head_mask", "cache", "dropout_key", "visible"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The checked arguments of `forward`; None where absent. Not checked again inside compiled code."""
+    """The checked arguments of `forward`; None where absent. Not checked again inside compiled code.
+
+    With a cache ``visible`` ``[B, T, S]`` may say instead of ``mask`` which columns each token attends to, its own
+    among them: several continuations of a row may be read side by side. It comes with position_ids.
+    """
 
     ids: Any = None
     embeds: Any = None
@@ -101,6 +105,7 @@ class Inputs:
     head_mask: Any = None
     cache: Cache | None = None
     dropout_key: Any = None
+    visible: Any = None
 
 
 def check_inputs(
@@ -156,6 +161,8 @@ def decoder(
     else:
         all_masks = write_mask(cache.mask, new_mask, cache.index)
         mask = causal_mask(all_masks, cache.index[..., None] + columns)
+        if inputs.visible is not None:
+            mask = inputs.visible[:, None]
     keep_hidden, keep_attention = output_hidden_states, output_attentions
     block = None
     if not keep_attention:

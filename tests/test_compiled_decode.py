@@ -10,6 +10,7 @@ import pytest
 
 import optjax
 from optjax.cache import init_cache
+from optjax.generation.beam import run_beams
 from optjax.generation.decode import _decode_step
 from optjax.generation.loop import run_generate
 from optjax.generation.settings import as_settings
@@ -33,12 +34,18 @@ def compile_step(rows: int):
 
 def compile_loop(rows: int, **options):
     settings = as_settings(CONFIG, options)
-    shape = rows, COLUMNS - 64
+    new = 64
+    if settings.beams:
+        new *= settings.beams.num_beams
+    if settings.contrastive:
+        new += settings.contrastive.candidates
+    shape = rows, COLUMNS - new
+    run = run_generate if settings.beams is None else run_beams
     ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0)) if settings.do_sample else None
     number = jax.ShapeDtypeStruct((), jnp.int32)
     params = optjax.abstract_params(CONFIG)
-    return run_generate.lower(params, ids, mask, settings, key, number, room=64).compile()
+    return run.lower(params, ids, mask, settings, key, number, room=64).compile()
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -67,8 +74,9 @@ def large_results(lines: list[str], least: int) -> list[tuple[str, int, str]]:
     return made
 
 
-def check_body(lines: list[str], every: dict[str, list[str]], rows: int) -> None:
-    """Of results as large as a weight or a buffer there are the writes of keys and values, one each a layer."""
+def check_body(lines: list[str], every: dict[str, list[str]], rows: int, times: int = 1) -> None:
+    """Of results as large as a weight or a buffer there are the writes of keys and values, one (or ``times``) each a
+    layer."""
     least = min(D * D, buffer_size(rows))
     writes = 0
     for operation, size, line in large_results(lines, least):
@@ -77,7 +85,7 @@ def check_body(lines: list[str], every: dict[str, list[str]], rows: int) -> None
         is_write = [step[:2] for step in steps] == [("dynamic-update-slice", buffer_size(rows))]
         assert is_write, f"not a write: {line[:250]}"
         writes += 1
-    assert writes == 2 * LAYERS, f"{writes} writes of keys and values in {LAYERS} layers"
+    assert writes == 2 * LAYERS * times, f"{writes} writes of keys and values in {LAYERS} layers"
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -105,6 +113,26 @@ def test_loop_of_generate(rows, options):
     body = re.search(r"body=(%[\w.]+)", loop)
     assert body is not None
     check_body(every[body[1]], every, rows)
+
+
+# Of contrastive search the candidates' columns are written, then the chosen one's.
+SEARCHES = [
+    (1, dict(num_beams=4), 1),
+    (3, dict(num_beams=4, num_beam_groups=2, diversity_penalty=1.0), 1),
+    (1, dict(penalty_alpha=0.6, top_k=4), 2),
+]
+
+
+@pytest.mark.parametrize("rows, options, times", SEARCHES, ids=["beams", "groups", "contrastive"])
+def test_loop_of_a_search(rows, options, times):
+    """Beams are never reordered by moving keys and values, and candidates are no rows of their own."""
+    every = computations(compile_loop(rows, **options).as_text())
+    [loop] = [line for line in every["ENTRY"] if re.search(r" while\(", line) and f",{COLUMNS},64]" in line]
+    body = re.search(r"body=(%[\w.]+)", loop)
+    assert body is not None
+    # The hidden states that candidates are compared with are written in place, too.
+    context = f"dynamic-update-slice_fusion.1 = f32[{rows},{COLUMNS - 4},{D}]"
+    check_body([line for line in every[body[1]] if context not in line], every, rows, times)
 
 
 def test_the_check_sees_copies():

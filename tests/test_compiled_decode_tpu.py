@@ -19,6 +19,7 @@ from optjax.sharding.plan.devices import ENVIRONMENT
 
 ROWS, COLUMNS, LAYERS, D = 8, 2048, 2, 2048
 BUFFER = f"{ROWS},{COLUMNS},{D}"
+SEARCHES = {"beams": dict(num_beams=4), "contrastive": dict(penalty_alpha=0.6, top_k=4)}
 
 
 pytestmark = pytest.mark.tpu_compiler
@@ -41,6 +42,12 @@ def test_the_cache_is_never_copied(programs):
     """In the step, and in the body of generate's loop; moving a buffer into fast memory is no copy."""
     assert programs["flat"]["copies"] == 0
     assert programs["loop"]["copies"] == 0
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_no_search_copies_the_cache(programs, search):
+    """Beams and candidates are queries of one row, and the flat keys serve them where they lie."""
+    assert programs[search]["copies"] == 0
 
 
 def test_the_flat_layout_is_why_it_is_there(programs):
@@ -79,6 +86,7 @@ def main() -> None:
     from jax.experimental import topologies
 
     import optjax
+    from optjax.generation.beam import run_beams
     from optjax.generation.decode import _decode_step
     from optjax.generation.loop import run_generate
     from optjax.generation.settings import as_settings
@@ -103,6 +111,12 @@ def main() -> None:
     settings, number = place(as_settings(config, {})), jax.ShapeDtypeStruct((), jnp.int32, sharding=there)
     loop = run_generate.lower(params, *prompt, settings, None, number, room=COLUMNS - 64).compile()
     found["loop"] = report(loop, body_of_loop=True)
+    for name, options in SEARCHES.items():
+        settings = as_settings(config, options)
+        run = run_generate if settings.beams is None else run_beams
+        columns = (COLUMNS - 64) // 4 if settings.beams else COLUMNS - 64 - 4
+        loop = run.lower(params, *prompt, place(settings), None, number, room=columns).compile()
+        found[name] = report(loop, body_of_loop=True)
     print(json.dumps(found))
 
 

@@ -38,7 +38,7 @@ def refuse(call, *parts: str) -> None:
 OPTIONS = [
     # unknown
     (dict(temprature=1.0), "unknown option 'temprature'", "did you mean 'temperature'?"),
-    (dict(num_beams=4), "unknown option 'num_beams'"),
+    (dict(num_beam=4), "unknown option 'num_beam'", "did you mean 'num_beams'?"),
     (dict(temprature=1, top_p=7), "'temprature'", "top_p should be above 0 and at most 1, not 7"),
     # numbers
     *[(dict(temperature=x), "temperature should be above 0", "do_sample=False") for x in (0, -1, 1e-50, "1", True)],
@@ -110,6 +110,28 @@ OPTIONS = [
     (dict(min_length=5, min_new_tokens=3), "min_new_tokens=3 and min_length=5", "give one"),
     (dict(exponential_decay_length_penalty=(3, 1.1), eos_token_id=[]), "needs an end of sequence"),
     (dict(num_return_sequences=2), "num_return_sequences=2 without do_sample=True"),
+    # search
+    *[(dict(num_beams=x), "num_beams should be an integer of at least 1") for x in (0, 2.0, "4", True)],
+    (dict(num_beams=2, num_return_sequences=3), "num_return_sequences=3 is more than there are beams (num_beams=2)"),
+    *[(dict(num_beams=2, early_stopping=x), "early_stopping should be True, False or 'never'") for x in ("no", 1, [])],
+    (dict(num_beams=2, length_penalty="x"), "length_penalty should be a number"),
+    (dict(length_penalty=2.0, early_stopping=True), "length_penalty and early_stopping", "give num_beams above 1"),
+    (dict(num_beam_groups=2, diversity_penalty=1.0), "num_beam_groups and diversity_penalty", "give num_beams above 1"),
+    (dict(num_beams=4, num_beam_groups=3, diversity_penalty=1.0), "num_beams=4", "multiple of num_beam_groups=3"),
+    (dict(num_beams=4, num_beam_groups=2), "needs a diversity_penalty above 0"),
+    (dict(num_beams=4, num_beam_groups=2, diversity_penalty=-1), "diversity_penalty should be at least 0"),
+    (dict(num_beams=4, diversity_penalty=1.0), "diversity_penalty needs num_beam_groups above 1"),
+    (
+        dict(num_beams=4, num_beam_groups=2, diversity_penalty=1.0, do_sample=True, key=jax.random.key(0)),
+        "num_beam_groups above 1 is for do_sample=False",
+    ),
+    (dict(num_beams=2, eos_token_id=range(47)), "an id that is no eos_token_id"),
+    (dict(num_beams=2, do_sample=True), "do_sample=True needs a key"),
+    *[(dict(penalty_alpha=x), "penalty_alpha should be from 0 to 1") for x in (-0.1, 1.5, "x")],
+    *[(dict(penalty_alpha=0.6, top_k=x), "penalty_alpha needs top_k of at least 2") for x in (0, 1, None)],
+    (dict(penalty_alpha=0.6, do_sample=True, key=jax.random.key(0)), "penalty_alpha is for do_sample=False"),
+    (dict(penalty_alpha=0.6, num_beams=2), "num_beams above 1 and penalty_alpha are two strategies"),
+    (dict(penalty_alpha=0.6, num_return_sequences=2), "num_return_sequences=2 without do_sample=True"),
     (dict(do_sample=True), "do_sample=True needs a key"),
     (dict(do_sample=True, key=0), "expected a PRNG key"),
     (dict(do_sample=True, key=np.zeros(2)), "expected a PRNG key"),
@@ -122,6 +144,10 @@ def test_options(case, params):
     refuse(lambda: optjax.generate(params, IDS, max_new_tokens=3, **options), *parts)
     # at the call, not when the first token is asked for
     refuse(lambda: optjax.stream(params, IDS, max_new_tokens=3, **options), *parts)
+
+
+def test_no_beams_in_stream(params):
+    refuse(lambda: optjax.stream(params, IDS, max_new_tokens=3, num_beams=2), "stream yields each token", "generate")
 
 
 def test_output_scores(params):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.cache import Cache
+from optjax.generation.beam import Found, run_beams
+from optjax.generation.contrastive import Ahead
 from optjax.generation.decode import check_rows_not_empty
 from optjax.generation.history import History
 from optjax.generation.loop import Choice, State, advance, run_generate, start
@@ -24,7 +26,11 @@ from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, is_concrete
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["sequences", "logprobs", "scores", "passes"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sequences", "logprobs", "scores", "passes", "sequences_scores", "beam_indices"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
     """What `generate` returns with ``return_dict_in_generate``.
@@ -36,12 +42,23 @@ class GenerateOutput:
       scores: ``[B, N, V]`` float32, the processed scores of each step, if ``output_scores``; 0 past the last step.
       passes: int32 scalar, passes of the model that it took, the prompt's included: one a token, or fewer where tokens
         are guessed (``assistant_model``, ``prompt_lookup_num_tokens``).
+
+    B counts the rows of ``sequences``. Of beam search, with n = num_beams, the following differ or are not None:
+
+    Attributes:
+      logprobs: what each token added to its hypothesis' score (transformers' ``compute_transition_scores``).
+      scores: ``[prompts · n, N, V]``, those of every beam.
+      sequences_scores: ``[B]`` float32, the sum of ``logprobs`` over the number of new tokens to the power of
+        length_penalty; the best hypothesis of a prompt comes first.
+      beam_indices: ``[B, N]`` int32, the row of ``scores`` that each token comes from; -1 after the end of a row.
     """
 
     sequences: jax.Array
     logprobs: jax.Array | None
     scores: jax.Array | None = None
     passes: jax.Array | None = None
+    sequences_scores: jax.Array | None = None
+    beam_indices: jax.Array | None = None
 
 
 def generate(
@@ -79,11 +96,12 @@ def generate(
     settings = dataclasses.replace(settings, output_logprobs=return_dict)
     run_ids, run_mask = _pad_to_bucket(ids, mask)
     n = int(max_new_tokens)
-    run = run_generate if settings.speculation is None else run_speculative
+    run = run_speculative if settings.speculation else run_beams if settings.beams else run_generate
     made, passes = run(params, run_ids, run_mask, settings, key, np.int32(n), room=bucket(n))
+    host: Any
     if is_concrete(made, ids):
         # On the host: a slice of another length on the device would be another program, and so would jnp.asarray.
-        host: Choice = jax.device_get(made)
+        host = jax.device_get(made)
         join, array = np.concatenate, jax.device_put
     else:
         host, join, array = made, jnp.concatenate, jnp.asarray
@@ -92,7 +110,9 @@ def generate(
     if not return_dict:
         return sequences
     logprobs, scores = (None if x is None else array(x[:, :n]) for x in (host.logprob, host.scores))
-    return GenerateOutput(sequences, logprobs, scores, passes)
+    if not isinstance(host, Found):
+        return GenerateOutput(sequences, logprobs, scores, passes)
+    return GenerateOutput(sequences, logprobs, scores, passes, array(host.score), array(host.beam_indices[:, :n]))
 
 
 def stream(
@@ -117,6 +137,8 @@ def stream(
     if options.get("output_scores"):
         raise ValueError("stream yields ids only; output_scores is for generate")
     ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
+    if settings.beams is not None:
+        raise ValueError("stream yields each token for good, and beam search knows none until its end; use generate")
     run_ids, run_mask = _pad_to_bucket(ids, mask)
     if settings.speculation is not None:
         return _stream_rounds(params, run_ids, run_mask, jax.device_put(settings), key, int(max_new_tokens))
@@ -128,7 +150,7 @@ def _stream(params: Params, ids, mask, settings: Settings, key, max_new_tokens: 
     for _ in range(max_new_tokens - 1):
         token, done = state.choice.token, state.done
         # The next step is under way while this token is read.
-        state = _advance(params, settings, key, (state.cache, state.history), state.choice, done)
+        state = _advance(params, settings, key, (state.cache, state.history, state.ahead), state.choice, done)
         yield np.asarray(token)
         if np.asarray(done).all():
             return
@@ -173,8 +195,11 @@ def _start(params: Params, ids, mask, settings: Settings, key, *, room: int) -> 
 
 
 @partial(jax.jit, donate_argnums=3)
-def _advance(params: Params, settings: Settings, key, held: tuple[Cache, History], choice: Choice, done) -> State:
-    return _readable(params, advance(params, settings, key, State(*held, choice, done)))
+def _advance(
+    params: Params, settings: Settings, key, held: tuple[Cache, History, Ahead | None], choice: Choice, done
+) -> State:
+    cache, history, ahead = held
+    return _readable(params, advance(params, settings, key, State(cache, history, choice, done, ahead)))
 
 
 def _readable(params: Params, state: State) -> State:

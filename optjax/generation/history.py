@@ -42,6 +42,10 @@ class History:
     prompt: jax.Array | None = None
     stop: jax.Array | None = None
 
+    def pick(self, rows: jax.Array) -> History:
+        """Of these rows ``[B']``, each as often as it is named."""
+        return jax.tree.map(lambda x: x[rows] if x.ndim else x, self)
+
     def append(self, token: jax.Array) -> History:
         """With one more token ``[B]`` in each row."""
         tokens = jax.lax.dynamic_update_slice_in_dim(self.tokens, token[:, None], self.count, axis=1)

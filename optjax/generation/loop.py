@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.cache import Cache, init_cache, reorder_cache
+from optjax.generation.contrastive import Ahead, look_ahead, new_context
 from optjax.generation.decode import next_logits
 from optjax.generation.draw import draw, most_probable
 from optjax.generation.history import History, new_history
@@ -42,22 +43,24 @@ class Choice:
     scores: jax.Array | None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["cache", "history", "choice", "done"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "history", "choice", "done", "ahead"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class State:
     """What stands between two tokens.
 
     Attributes:
-      cache: the tokens before the last one.
+      cache: the tokens before the last one; of contrastive search the last one as well.
       history: the tokens, the last one included.
       choice: the last one.
       done: ``[B]`` bool, rows that have ended.
+      ahead: of contrastive search, else None.
     """
 
     cache: Cache
     history: History
     choice: Choice
     done: jax.Array
+    ahead: Ahead | None = None
 
 
 @partial(jax.jit, static_argnames="room")
@@ -99,7 +102,8 @@ def run_generate(
     steps, _, made = jax.lax.while_loop(more, body, (jnp.int32(1), state, put(blank, state.choice, 0)))
     # Whole on every device, so that every process can read them.
     made = jax.tree.map(lambda x: constrain(params.placement, x, *(None,) * x.ndim), made)
-    return made, steps
+    # Contrastive search reads the last token, too.
+    return made, steps + (settings.contrastive is not None)
 
 
 def start(params: Params, ids, mask, settings: Settings, key, room: int) -> State:
@@ -107,7 +111,7 @@ def start(params: Params, ids, mask, settings: Settings, key, room: int) -> Stat
     ids, mask = right_aligned(ids, mask)
     b, t = ids.shape
     with jax.named_scope("prefill"):
-        cache = init_cache(params, b, t + room)
+        cache = init_cache(params, b, t + room + (settings.contrastive.candidates if settings.contrastive else 0))
         out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache))
         logits, cache = lm_logits(params, out.last_hidden_state[:, -1]), out.cache
     assert cache is not None  # the decoder returns one where it was given one
@@ -117,7 +121,8 @@ def start(params: Params, ids, mask, settings: Settings, key, room: int) -> Stat
         ids, mask, logits = ids[rows], mask[rows], logits[rows]
     history = new_history(ids, mask, room, params.config.vocab_size, settings)
     done = jnp.zeros(ids.shape[0], bool)
-    return _choose(settings, key, cache, history, done, logits)
+    ahead = Ahead(logits, new_context(out.last_hidden_state, room)) if settings.contrastive else None
+    return _choose(params, settings, key, cache, history, done, logits, ahead)
 
 
 def right_aligned(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,12 +133,16 @@ def right_aligned(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array
 
 def advance(params: Params, settings: Settings, key, state: State) -> State:
     """One more token for each row."""
+    if state.ahead is not None:
+        return _choose(params, settings, key, state.cache, state.history, state.done, state.ahead.logits, state.ahead)
     with jax.named_scope("decode"):
         logits, cache = next_logits(params, state.choice.token, ~state.done, state.cache)
-    return _choose(settings, key, cache, state.history, state.done, logits)
+    return _choose(params, settings, key, cache, state.history, state.done, logits)
 
 
-def _choose(settings: Settings, key, cache: Cache, history: History, done, logits) -> State:
+def _choose(
+    params: Params, settings: Settings, key, cache: Cache, history: History, done, logits, ahead: Ahead | None = None
+) -> State:
     with jax.named_scope("choose"):
         scores = process(settings, history, logits)
         if settings.do_sample:
@@ -141,6 +150,8 @@ def _choose(settings: Settings, key, cache: Cache, history: History, done, logit
             rows = jnp.arange(scores.shape[0])
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, history.new)))(rows)
             token = draw(keys, scores)
+        elif settings.contrastive is not None and ahead is not None:
+            token, cache, ahead = look_ahead(params, settings.contrastive, cache, history, ahead.context, scores)
         else:
             token = most_probable(scores)
         token = jnp.where(done, settings.pad_id, token)
@@ -154,4 +165,4 @@ def _choose(settings: Settings, key, cache: Cache, history: History, done, logit
             stop, found = find_stops(settings.stop, history.stop, token)
             history, ended = dataclasses.replace(history, stop=stop), ended | found
         choice = Choice(token, logprob, scores if settings.output_scores else None)
-    return State(cache, history, choice, done | ended)
+    return State(cache, history, choice, done | ended, ahead)

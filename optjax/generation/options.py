@@ -60,8 +60,22 @@ class Options(TypedDict, total=False):
       prompt_lookup_num_tokens: guess so many tokens by what followed the row's last n-gram before (Saxena 2023); for
         texts that repeat parts of their prompts. No smaller model is needed.
       max_matching_ngram_size: the longest n-gram that is looked for. 2 by default.
-      num_return_sequences: samples a prompt; the prompt is computed once. Needs do_sample where above 1.
+      num_return_sequences: samples a prompt, or of beam search its best hypotheses, at most num_beams. The prompt is
+        computed once. Above 1 needs do_sample or num_beams.
       output_scores: keep the processed scores of every step; `generate` only.
+      num_beams: beam search that follows this many continuations of a prompt; with do_sample beam sampling, which draws
+        them. 1 is off. `generate` only.
+      length_penalty: hypotheses are compared by their sum of log-probabilities over their length to this power; above 0
+        favours long ones. 1 by default.
+      early_stopping: True ends a prompt's search when num_beams hypotheses are complete, False when no better one is
+        to be expected, ``"never"`` when none is possible. False by default.
+      num_beam_groups: the beams search in groups of equal size, each kept away from what those before it say (diverse
+        beam search, Vijayakumar et al. 2016). 1 is off. Of several end-of-sequence ids the first is then written.
+      diversity_penalty: of groups: taken from a token's log-probability for each beam of the groups before that says it
+        at the same step.
+      penalty_alpha: contrastive search (Su et al. 2022): of the top_k most probable tokens, 2 at least, the one with
+        the most of (1 - penalty_alpha) × its probability - penalty_alpha × its likeness to what the row holds. 0 is
+        off.
     """
 
     do_sample: bool
@@ -98,3 +112,9 @@ class Options(TypedDict, total=False):
     max_matching_ngram_size: int
     num_return_sequences: int
     output_scores: bool
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | str
+    num_beam_groups: int
+    diversity_penalty: float
+    penalty_alpha: float | None

@@ -47,7 +47,8 @@ def own_processors(settings: Settings, history: History, scores: jax.Array) -> j
 
 def check_own_processors(settings: Settings, batch_size: int, columns: int, vocab_size: int) -> None:
     """ValueError if a function of the caller does not return scores. It is traced, and nothing is compiled."""
-    shape = batch_size * settings.num_return_sequences, vocab_size
+    rows = settings.num_return_sequences if settings.beams is None else settings.beams.group_size
+    shape = batch_size * rows, vocab_size
     ids, scores = jax.ShapeDtypeStruct((shape[0], columns), jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
     for function in settings.logits_processor:
         made = jax.eval_shape(function, ids, scores)

@@ -17,6 +17,7 @@ import numpy as np
 from optjax.config import OPTConfig
 from optjax.generation.options import Options
 from optjax.generation.reader import Reader
+from optjax.generation.search import Beams, Contrastive, read_search
 from optjax.generation.speculation import Speculation, read_speculation
 from optjax.generation.stop_strings import StopTable, stop_table
 
@@ -46,6 +47,8 @@ from optjax.generation.stop_strings import StopTable, stop_table
         "typical_p",
         "epsilon_cutoff",
         "eta_cutoff",
+        "beams",
+        "contrastive",
     ],
     meta_fields=[
         "do_sample",
@@ -96,6 +99,8 @@ class Settings:
     typical_p: Any = None
     epsilon_cutoff: Any = None
     eta_cutoff: Any = None
+    beams: Beams | None = None
+    contrastive: Contrastive | None = None
     do_sample: bool = False
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
@@ -105,6 +110,11 @@ class Settings:
     num_return_sequences: int = 1
     output_logprobs: bool = False
     output_scores: bool = False
+
+    @property
+    def candidates(self) -> int:
+        """Of beam search: the continuations of each beam that are looked at, so that one may go on, whichever end."""
+        return max(2, 1 + len(self.eos_ids))
 
 
 def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: int | None = None) -> Settings:
@@ -116,9 +126,6 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
     read = Reader(options, Options.__annotations__, config.vocab_size)
     do_sample, output_scores = read.flag("do_sample"), read.flag("output_scores")
     samples = read.count("num_return_sequences", 1, low=1)
-    if samples > 1 and not do_sample:
-        read.problems.append(f"num_return_sequences={samples} without do_sample=True would repeat one greedy answer")
-
     if options.get("eos_token_id") is not None:
         eos_ids = read.ids("eos_token_id")
     else:
@@ -129,6 +136,9 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
     if pad_id is None:
         pad_id = config.pad_token_id if config.pad_token_id is not None else (eos_ids or [0])[0]
 
+    search = read_search(read, do_sample, len(eos_ids))
+    if samples > 1 and not do_sample and search["beams"] is None:
+        read.problems.append(f"num_return_sequences={samples} without do_sample=True would repeat one greedy answer")
     sampling = _sampling(read, config)  # checked also where do_sample is off and they do nothing
     stop_strings = read.texts("stop_strings")
     if stop_strings and options.get("tokenizer") is None:
@@ -145,6 +155,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         speculation=read_speculation(read, config),
         **_repetition(read, config),
         **_sequences(read, eos_ids),
+        **search,
         **_ends(read, eos_ids, max_new_tokens),
         **(sampling if do_sample else {}),
     )

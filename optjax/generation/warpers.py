@@ -16,20 +16,20 @@ def temperature(settings: Settings, history: History, scores: jax.Array) -> jax.
 
 def top_k(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
     """Fan et al. 2018. Ties with the k-th score stay, as in transformers."""
-    k = jnp.minimum(settings.top_k, scores.shape[-1])
+    k = jnp.clip(settings.top_k, _fewest(settings, scores), scores.shape[-1])
     return jnp.where(scores >= kth_largest(scores, k), scores, NEVER)
 
 
 def top_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
     """Holtzman et al. 2020: keeps a token while the mass above it is less than top_p; ties stay together."""
     p = jax.nn.softmax(scores, axis=-1)
-    return jnp.where(scores >= mass_threshold(scores, p, settings.top_p), scores, NEVER)
+    return jnp.where((scores >= mass_threshold(scores, p, settings.top_p)) | _best(settings, scores), scores, NEVER)
 
 
 def min_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
     """Nguyen et al. 2024."""
     p = jax.nn.softmax(scores, axis=-1)
-    return jnp.where(p >= settings.min_p * p.max(-1, keepdims=True), scores, NEVER)
+    return jnp.where((p >= settings.min_p * p.max(-1, keepdims=True)) | _best(settings, scores), scores, NEVER)
 
 
 def typical_p(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
@@ -38,12 +38,13 @@ def typical_p(settings: Settings, history: History, scores: jax.Array) -> jax.Ar
     p = jnp.exp(log_p)
     entropy = -jnp.where(p > 0, p * log_p, 0.0).sum(-1, keepdims=True)
     nearness = -jnp.abs(-log_p - entropy)
-    return jnp.where(nearness >= mass_threshold(nearness, p, settings.typical_p), scores, NEVER)
+    near = nearness >= mass_threshold(nearness, p, settings.typical_p)
+    return jnp.where(near | _best(settings, nearness), scores, NEVER)
 
 
 def epsilon_cutoff(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
     """Hewitt et al. 2022, truncation by probability; the most probable token stays."""
-    return _cut(scores, jax.nn.softmax(scores, axis=-1), settings.epsilon_cutoff)
+    return _cut(settings, scores, jax.nn.softmax(scores, axis=-1), settings.epsilon_cutoff)
 
 
 def eta_cutoff(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
@@ -51,8 +52,19 @@ def eta_cutoff(settings: Settings, history: History, scores: jax.Array) -> jax.A
     log_p = jax.nn.log_softmax(scores, axis=-1)
     p, epsilon = jnp.exp(log_p), settings.eta_cutoff
     entropy = -jnp.where(p > 0, p * log_p, 0.0).sum(-1, keepdims=True)
-    return _cut(scores, p, jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy)))
+    return _cut(settings, scores, p, jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy)))
 
 
-def _cut(scores: jax.Array, p: jax.Array, least: jax.Array) -> jax.Array:
-    return jnp.where((p >= least) | (scores >= scores.max(-1, keepdims=True)), scores, NEVER)
+def _cut(settings: Settings, scores: jax.Array, p: jax.Array, least: jax.Array) -> jax.Array:
+    return jnp.where((p >= least) | _best(settings, scores), scores, NEVER)
+
+
+def _best(settings: Settings, ranks: jax.Array) -> jax.Array:
+    """The tokens ``[B, V]`` that stay in any case, those of the highest ranks."""
+    fewest = _fewest(settings, ranks)
+    return ranks >= (ranks.max(-1, keepdims=True) if fewest == 1 else kth_largest(ranks, jnp.int32(fewest)))
+
+
+def _fewest(settings: Settings, scores: jax.Array) -> int:
+    """How many tokens a warper leaves at least: in beam sampling so many that one may go on, whichever end."""
+    return 1 if settings.beams is None else min(settings.candidates, scores.shape[-1])
