@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.cache import Cache
+from optjax.config import OPTConfig
 from optjax.generation.beam import Found, run_beams
 from optjax.generation.contrastive import Ahead
 from optjax.generation.decode import check_rows_not_empty
@@ -245,6 +246,9 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
             f"{max(limit - longest, 0)}"
         )
     settings = as_settings(config, options, int(max_new_tokens))
+    if settings.guidance is not None and options.get("negative_prompt_ids") is not None:
+        negative = _negative_prompts(config, ids.shape[0], int(max_new_tokens), options)
+        settings = dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, **negative))
     columns = bucket(ids.shape[1]) + bucket(int(max_new_tokens))
     check_own_processors(settings, ids.shape[0], columns, config.vocab_size)
     if not settings.do_sample:
@@ -254,3 +258,26 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
     else:
         key = as_key(key)
     return ids, mask, settings, key
+
+
+def _negative_prompts(config: OPTConfig, rows: int, max_new_tokens: int, options: Any) -> dict[str, Any]:
+    """``ids`` and ``mask`` of the other branch of guidance, in a bucketed length; or a ValueError."""
+    name = "negative_prompt_ids"
+    ids, mask = as_ids(options[name], config.vocab_size, name), options.get("negative_prompt_attention_mask")
+    mask = (
+        np.ones(ids.shape, bool)
+        if mask is None
+        else as_mask(mask, (ids.shape[0], ids.shape[1]), "negative_prompt_attention_mask")
+    )
+    if ids.shape[0] != rows:
+        raise ValueError(f"{name} should have a row for each of the {rows} prompts, got shape {ids.shape}")
+    check_rows_not_empty(mask)
+    longest = int(np.asarray(mask).sum(1).max()) if is_concrete(mask) else 1
+    if longest + max_new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"a negative prompt of {longest} tokens and max_new_tokens = {max_new_tokens} make "
+            f"{longest + max_new_tokens}, more than max_position_embeddings = {config.max_position_embeddings}"
+        )
+    ids, mask = (np.asarray(x) if is_concrete(x) else x for x in (ids, mask))
+    ids, mask = _pad_to_bucket(ids, mask)
+    return {"ids": ids, "mask": mask}

@@ -16,6 +16,7 @@ from optjax.cache import Cache, init_cache, reorder_cache
 from optjax.generation.contrastive import Ahead, look_ahead, new_context
 from optjax.generation.decode import next_logits
 from optjax.generation.draw import draw, most_probable
+from optjax.generation.guidance import guide, twice, with_other_branch
 from optjax.generation.history import History, new_history
 from optjax.generation.processors import process
 from optjax.generation.settings import Settings
@@ -109,16 +110,19 @@ def run_generate(
 def start(params: Params, ids, mask, settings: Settings, key, room: int) -> State:
     """Reads prompts ``[B, T]`` and chooses the first token of each row; ``room`` tokens fit in all."""
     ids, mask = right_aligned(ids, mask)
-    b, t = ids.shape
+    b = ids.shape[0]
     with jax.named_scope("prefill"):
-        cache = init_cache(params, b, t + room + (settings.contrastive.candidates if settings.contrastive else 0))
-        out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache))
+        all_ids, all_mask = with_other_branch(settings.guidance, ids, mask)
+        extra = settings.contrastive.candidates if settings.contrastive else 0
+        cache = init_cache(params, all_ids.shape[0], all_ids.shape[1] + room + extra)
+        out = decoder(params, Inputs(ids=all_ids, mask=all_mask, cache=cache))
         logits, cache = lm_logits(params, out.last_hidden_state[:, -1]), out.cache
     assert cache is not None  # the decoder returns one where it was given one
     if settings.num_return_sequences > 1:
         rows = jnp.repeat(jnp.arange(b), settings.num_return_sequences)
-        cache = reorder_cache(cache, rows)
-        ids, mask, logits = ids[rows], mask[rows], logits[rows]
+        of_branches = rows if settings.guidance is None else jnp.concatenate([rows, b + rows])
+        cache, logits = reorder_cache(cache, of_branches), logits[of_branches]
+        ids, mask = ids[rows], mask[rows]
     history = new_history(ids, mask, room, params.config.vocab_size, settings)
     done = jnp.zeros(ids.shape[0], bool)
     ahead = Ahead(logits, new_context(out.last_hidden_state, room)) if settings.contrastive else None
@@ -136,7 +140,8 @@ def advance(params: Params, settings: Settings, key, state: State) -> State:
     if state.ahead is not None:
         return _choose(params, settings, key, state.cache, state.history, state.done, state.ahead.logits, state.ahead)
     with jax.named_scope("decode"):
-        logits, cache = next_logits(params, state.choice.token, ~state.done, state.cache)
+        token, active = (twice(settings.guidance, x) for x in (state.choice.token, ~state.done))
+        logits, cache = next_logits(params, token, active, state.cache)
     return _choose(params, settings, key, cache, state.history, state.done, logits)
 
 
@@ -144,7 +149,7 @@ def _choose(
     params: Params, settings: Settings, key, cache: Cache, history: History, done, logits, ahead: Ahead | None = None
 ) -> State:
     with jax.named_scope("choose"):
-        scores = process(settings, history, logits)
+        scores = process(settings, history, guide(settings.guidance, logits))
         if settings.do_sample:
             # A key for each row and step: a draw does not depend on how many rows there are.
             rows = jnp.arange(scores.shape[0])

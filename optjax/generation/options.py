@@ -60,6 +60,10 @@ class Options(TypedDict, total=False):
       prompt_lookup_num_tokens: guess so many tokens by what followed the row's last n-gram before (Saxena 2023); for
         texts that repeat parts of their prompts. No smaller model is needed.
       max_matching_ngram_size: the longest n-gram that is looked for. 2 by default.
+      guidance_scale: classifier-free guidance (Sanchez et al. 2023): scores are pushed by this factor away from those
+        after the negative prompt. 1 is off.
+      negative_prompt_ids, negative_prompt_attention_mask: ``[B, T']``, a negative prompt for each row; by default the
+        prompt's last token alone.
       num_return_sequences: samples a prompt, or of beam search its best hypotheses, at most num_beams. The prompt is
         computed once. Above 1 needs do_sample or num_beams.
       output_scores: keep the processed scores of every step; `generate` only.
@@ -110,6 +114,9 @@ class Options(TypedDict, total=False):
     num_assistant_tokens: int
     prompt_lookup_num_tokens: int
     max_matching_ngram_size: int
+    guidance_scale: float
+    negative_prompt_ids: Any
+    negative_prompt_attention_mask: Any
     num_return_sequences: int
     output_scores: bool
     num_beams: int

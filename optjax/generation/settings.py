@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from optjax.config import OPTConfig
+from optjax.generation.guidance import Guidance
 from optjax.generation.options import Options
 from optjax.generation.reader import Reader
 from optjax.generation.search import Beams, Contrastive, read_search
@@ -40,6 +41,7 @@ from optjax.generation.stop_strings import StopTable, stop_table
         "begin_suppressed",
         "stop",
         "speculation",
+        "guidance",
         "temperature",
         "top_k",
         "top_p",
@@ -75,6 +77,7 @@ class Settings:
       suppressed, begin_suppressed: ``[V]`` bool.
       stop: what each token does to the search for stop_strings.
       speculation: how tokens are guessed; None for one token a pass.
+      guidance: the other branch of classifier-free guidance, if any.
     """
 
     eos_ids: Any
@@ -92,6 +95,7 @@ class Settings:
     begin_suppressed: Any = None
     stop: StopTable | None = None
     speculation: Speculation | None = None
+    guidance: Guidance | None = None
     temperature: Any = None
     top_k: Any = None
     top_p: Any = None
@@ -153,6 +157,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         renormalize_logits=read.flag("renormalize_logits"),
         logits_processor=read.functions("logits_processor"),
         speculation=read_speculation(read, config),
+        guidance=_guidance(read, any(search.values())),
         **_repetition(read, config),
         **_sequences(read, eos_ids),
         **search,
@@ -165,6 +170,25 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         stop = stop_table(stop_strings, options["tokenizer"], config.vocab_size)
         settings = dataclasses.replace(settings, stop=stop)
     return settings
+
+
+def _guidance(read: Reader, searches: bool) -> Guidance | None:
+    scale = read.number("guidance_scale", lambda x: True, "a number", off=1.0)
+    given = [name for name in ("negative_prompt_ids", "negative_prompt_attention_mask") if _given(read, name)]
+    if scale is None and given:
+        read.problems.append(f"{given[0]} is of no use without a guidance_scale other than 1")
+    if given == ["negative_prompt_attention_mask"]:
+        read.problems.append("negative_prompt_attention_mask is of negative_prompt_ids, which are not given")
+    guesses = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if _given(read, name)]
+    if scale is not None and guesses:
+        read.problems.append(f"guidance_scale and {guesses[0]} do not go together")
+    if scale is not None and searches:
+        read.problems.append("guidance_scale goes with neither num_beams above 1 nor penalty_alpha")
+    return None if scale is None else Guidance(scale)
+
+
+def _given(read: Reader, name: str) -> bool:
+    return read.options.get(name) is not None
 
 
 def _sampling(read: Reader, config: OPTConfig) -> dict[str, Any]:
