@@ -117,6 +117,9 @@ DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
             {"seed": 6, **DEFAULTS, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.3}
             | {"no_repeat_ngram_size": 2, "min_new_tokens": 3},
         ),
+        ("--num-beams 3 --length-penalty 2 --early-stopping true", {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True}),
+        ("--num-beams 2 --do-sample --seed 3", {"num_beams": 2, "do_sample": True, "seed": 3, **DEFAULTS}),
+        ("--penalty-alpha 0.5", {"penalty_alpha": 0.5, "top_k": 4}),
     ],
 )  # fmt: skip
 def test_text_is_what_generate_gives(run, model, words, options):
@@ -128,7 +131,8 @@ def test_text_is_what_generate_gives(run, model, words, options):
     # The random model writes bytes that are no characters, and the stream holds them back until they are certain.
     assert "\ufffd" in text
     assert "the first after" not in result.err and str(model) in result.err
-    assert f"seed {options.get('seed')}" in result.err or "greedy" in result.err
+    searches = [name for name in ("num_beams", "penalty_alpha") if name in options]
+    assert f"seed {options.get('seed')}" in result.err or (searches or ["greedy"])[0] in result.err
 
 
 def test_only_the_continuation_and_the_speed(run, model):
@@ -260,6 +264,9 @@ def test_without_a_prompt_there_is_a_sample(run):
         (["generate"], b"\xff\xfe", 1, ["UTF-8"]),
         (["generate", "the", "--greedy", "--seed", "1", "--top-p", ".5"], None, 2, ["--top-p, --seed"]),
         (["generate", "the", "--greedy", "--num-return-sequences", "2"], None, 2, ["--num-return-sequences"]),
+        (["generate", "the", "--num-beams", "2", "--seed", "1"], None, 2, ["--num-beams", "--seed"]),
+        (["generate", "the", "--penalty-alpha", ".5", "--num-return-sequences", "2"], None, 2, ["--penalty-alpha"]),
+        (["generate", "the", "--length-penalty", "2"], None, 1, ["length_penalty", "num_beams"]),
         (["generate", "the", "-n", "0"], None, 2, ["-n", "'0'"]),
         (["generate", "the", "--seed", "-1"], None, 2, ["--seed"]),
         (["generate", "the", "--temperature", "0"], None, 1, ["temperature", "above 0"]),

@@ -105,14 +105,21 @@ class Continuation:
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             key = jax.random.fold_in(first_key, start) if start else first_key
-            steps = optjax.stream(self.params, *self.tokenizer(batch), max_new_tokens=tokens, key=key, **self.options)
-            steps = self.stats.timed(steps, len(batch) * samples)
+            steps = self.stats.timed(self._steps(batch, tokens, key), len(batch) * samples)
             if total == 1 and not self.arguments.jsonl:
                 self._write_as_it_comes(batch[0], steps)
             else:
                 self._write_when_done(batch, steps, start * samples, total)
         if self.arguments.stats or (sys.stderr.isatty() and not self.arguments.quiet):
             terminal.note(str(self.stats))
+
+    def _steps(self, prompts: list[str], tokens: int, key: jax.Array) -> Iterator[np.ndarray]:
+        """The new tokens of all rows, step by step; of beams when all are there, as the best may change until then."""
+        ids, mask = self.tokenizer(prompts)
+        options = dict(max_new_tokens=tokens, key=key, **self.options)
+        if self.options.get("num_beams", 1) == 1:
+            return optjax.stream(self.params, ids, mask, **options)
+        return iter(np.asarray(optjax.generate(self.params, ids, mask, **options))[:, ids.shape[1] :].T)
 
     def _room(self, prompts: list[str]) -> int:
         """How many tokens to add at most.

@@ -24,6 +24,8 @@ examples:
   optjax generate "Once upon a time" --seed 7 -n 300
   optjax generate --model facebook/opt-350m --greedy "The capital of France is"
   optjax generate --model ./my-checkpoint --num-return-sequences 3 "Dear Sir,"
+  optjax generate --num-beams 4 --no-repeat-ngram-size 3 "The old house"
+  optjax generate --penalty-alpha 0.6 --top-k 4 "The old house"
   optjax generate --model facebook/opt-30b --mesh tensor=8 "The sea"
   optjax generate --stop "\\n\\n" "Question: why is the sea salt?\\nAnswer:"
   optjax generate --model facebook/opt-6.7b --quantize int8 "The sea"
@@ -38,6 +40,9 @@ TOKENS = 200
 # Sharper than the model's own distribution, which rambles; transformers' default for top_k.
 SAMPLING: dict[str, float | int] = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 _ONLY_SAMPLING = (*SAMPLING, "min_p", "typical_p", "seed")
+_SEARCHING = ("num_beams", "length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty", "penalty_alpha")
+# Of contrastive search, as its authors have it.
+CANDIDATES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model(parser.add_argument_group("model"))
     _add_length(parser.add_argument_group("length"))
     _add_choosing(parser.add_argument_group("choosing tokens", "Names and meanings are those of transformers."))
+    _add_searching(parser.add_argument_group("searching", "Looks further than the next token, and draws nothing."))
     _add_output(parser.add_argument_group("output"))
 
 
@@ -79,7 +85,7 @@ def _add_length(group: Any) -> None:
 
 def _add_choosing(group: Any) -> None:
     add = group.add_mutually_exclusive_group().add_argument
-    add("--do-sample", action="store_true", default=True, help="draw tokens at random (the default)")
+    add("--do-sample", action="store_true", default=None, help="draw tokens at random (the default)")
     add("--greedy", dest="do_sample", action="store_false", help="always the most probable token")
     add = group.add_argument
     add("--seed", type=seed, metavar="N", help="of the random draws (default: a new one each time)")
@@ -94,6 +100,23 @@ def _add_choosing(group: Any) -> None:
     add("--repetition-penalty", type=float, metavar="X", help="above 1: less of what was said already")
     add("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row come twice")
     add("--num-return-sequences", type=count, default=1, metavar="N", help="texts for each prompt")
+
+
+def _add_searching(group: Any) -> None:
+    add = group.add_argument
+    add("--num-beams", type=count, metavar="N", help="beam search; with --do-sample the beams are drawn")
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="above 0 favours longer texts (default: 1)",
+    )
+    text = "end with N ended beams, or when none can get better by a rule of thumb (false) or at all (never)"
+    add("--early-stopping", choices=("true", "false", "never"), metavar="WHEN", help=text + " (default: false)")
+    add("--num-beam-groups", type=count, metavar="N", help="groups of beams, which --diversity-penalty keeps apart")
+    add("--diversity-penalty", type=float, metavar="X", help="on a token that another group has just taken")
+    text = f"contrastive search: how much a token like those before it loses, among --top-k (there {CANDIDATES})"
+    add("--penalty-alpha", type=float, metavar="X", help=text)
 
 
 def _add_output(group: Any) -> None:
@@ -127,22 +150,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is told to `optjax.stream`, as far as it needs no model.
+    """What is told to `optjax.generate`, as far as it needs no model.
 
     Raises:
       UsageError: options that do not go together.
     """
     given = vars(arguments)
-    options: dict[str, Any] = {"do_sample": arguments.do_sample}
-    if arguments.do_sample:
+    searching = {name: given[name] for name in _SEARCHING if given[name] is not None}
+    sampling = not searching if arguments.do_sample is None else arguments.do_sample
+    options: dict[str, Any] = {"do_sample": sampling} | searching
+    if "early_stopping" in options:
+        options["early_stopping"] = {"true": True, "false": False}.get(options["early_stopping"], "never")
+    if sampling:
         options |= {name: SAMPLING[name] if given[name] is None else given[name] for name in SAMPLING}
         options |= {name: given[name] for name in ("min_p", "typical_p") if given[name] is not None}
     else:
-        idle = [f"--{name.replace('_', '-')}" for name in _ONLY_SAMPLING if given[name] is not None]
+        contrastive = "penalty_alpha" in searching
+        idle = [name for name in _ONLY_SAMPLING if given[name] is not None and not (contrastive and name == "top_k")]
+        idle = [f"--{name.replace('_', '-')}" for name in idle]
+        how = f"--{next(iter(searching)).replace('_', '-')}" if searching else "--greedy"
         if idle:
-            raise UsageError(f"--greedy takes no notice of {', '.join(idle)}; leave one or the other out")
-        if arguments.num_return_sequences > 1:
-            raise UsageError("--greedy has one answer: --num-return-sequences needs sampling")
+            raise UsageError(f"{how} takes no notice of {', '.join(idle)}; leave one or the other out")
+        if arguments.num_return_sequences > 1 and "num_beams" not in searching:
+            raise UsageError(f"{how} has one answer: --num-return-sequences needs sampling or beams")
+        if contrastive:
+            options["top_k"] = CANDIDATES if arguments.top_k is None else arguments.top_k
     others = ("repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "min_new_tokens")
     options |= {name: given[name] for name in others if given[name] is not None}
     if not arguments.stop_at_eos:
@@ -162,7 +194,9 @@ def _unescaped(text: str) -> str:
 
 def describe_sampling(options: dict[str, Any], seed: int) -> str:
     """The options that made a text, in words: what it takes to make it again."""
+    searching = [f"{name} {options[name]}" for name in (*_SEARCHING, "top_k") if name in options]
     if not options["do_sample"]:
-        return "greedy"
+        return ", ".join(searching) or "greedy"
     names = [name for name in (*SAMPLING, "min_p", "typical_p") if name in options]
-    return ", ".join([f"seed {seed}", *(f"{name} {options[name]:g}" for name in names)])
+    beams = [each for each in searching if not each.startswith("top_k")]
+    return ", ".join([f"seed {seed}", *beams, *(f"{name} {options[name]:g}" for name in names)])
