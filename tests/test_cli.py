@@ -117,7 +117,10 @@ DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
             {"seed": 6, **DEFAULTS, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.3}
             | {"no_repeat_ngram_size": 2, "min_new_tokens": 3},
         ),
-        ("--num-beams 3 --length-penalty 2 --early-stopping true", {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True}),
+        (
+            "--num-beams 3 --length-penalty 2 --early-stopping true",
+            {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+        ),
         ("--num-beams 2 --do-sample --seed 3", {"num_beams": 2, "do_sample": True, "seed": 3, **DEFAULTS}),
         ("--penalty-alpha 0.5", {"penalty_alpha": 0.5, "top_k": 4}),
     ],
