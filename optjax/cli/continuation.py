@@ -116,7 +116,7 @@ class Continuation:
     def _steps(self, prompts: list[str], tokens: int, key: jax.Array) -> Iterator[np.ndarray]:
         """The new tokens of all rows, step by step; of beams when all are there, as the best may change until then."""
         ids, mask = self.tokenizer(prompts)
-        options = dict(max_new_tokens=tokens, key=key, **self.options)
+        options: dict[str, Any] = {"max_new_tokens": tokens, "key": key, **self.options}
         if self.options.get("num_beams", 1) == 1:
             return optjax.stream(self.params, ids, mask, **options)
         return iter(np.asarray(optjax.generate(self.params, ids, mask, **options))[:, ids.shape[1] :].T)
