@@ -106,7 +106,8 @@ def attend_all_keys_in_blocks(
             return weights_of(scores, mask, head_mask, dropout, dropout_key, rows)
 
         # By heads in here: else the whole cache would be laid out as this product likes it, in a copy that lasts.
-        return attend_heads(q, *((by_heads(x, h) for x in (k, v)) if layout == "flat" else (k, v)), weigh)[0]
+        keys, values = (by_heads(x, h) for x in (k, v)) if layout == "flat" else (k, v)
+        return attend_heads(q, keys, values, weigh)[0]
 
     out = jax.lax.map(attend_block, (split(q, 1), split(mask, 2), split(jnp.arange(t), 0)))
     out = jnp.moveaxis(out, 0, 1 + interleaved).reshape(b, n * block, h * d)
