@@ -1,0 +1,78 @@
+"""Every way of decoding gives the same ids on a mesh and inside somebody's jit as it does alone, and takes bfloat16."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optjax
+from optjax.sharding import make_mesh
+
+N, ROWS = 9, 4
+CONFIG = optjax.OPTConfig(
+    vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64,
+    init_std=0.3,
+)  # fmt: skip
+SMALLER = CONFIG.replace(hidden_size=16, num_hidden_layers=1, word_embed_proj_dim=16)
+IDS = np.random.default_rng(0).integers(3, 48, size=(ROWS, 7))
+MASK = np.ones_like(IDS)
+MASK[1, :3], MASK[2, 5:] = 0, 0
+WAYS = {
+    "beams": dict(num_beams=3, length_penalty=0.7, num_return_sequences=2),
+    "sampled beams": dict(num_beams=2, do_sample=True),
+    "groups": dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
+    "contrastive": dict(penalty_alpha=0.6, top_k=4),
+    "assistant": dict(assistant_model=None, num_assistant_tokens=3),
+    "sampled with assistant": dict(assistant_model=None, num_assistant_tokens=3, do_sample=True, top_p=0.9),
+    "prompt lookup": dict(prompt_lookup_num_tokens=4),
+    "guidance": dict(guidance_scale=1.5, repetition_penalty=1.2),
+}
+needs = pytest.mark.parametrize("way", WAYS)
+
+
+def generate(way: str, params, mesh=None, **more):
+    options = dict(WAYS[way], max_new_tokens=N, **more)
+    if options.get("do_sample"):
+        options["key"] = jax.random.key(5)
+    if "assistant_model" in options:
+        options["assistant_model"] = optjax.init_params(SMALLER, jax.random.key(2), mesh=mesh)
+    return np.asarray(optjax.generate(params, IDS, MASK, **options))
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, np.ndarray]:
+    params = optjax.init_params(CONFIG, jax.random.key(1))
+    return {way: generate(way, params) for way in WAYS}
+
+
+@needs
+def test_on_a_mesh(alone, way):
+    mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
+    params = optjax.init_params(CONFIG, jax.random.key(1), mesh=mesh)
+    np.testing.assert_array_equal(generate(way, params, mesh), alone[way])
+
+
+@needs
+def test_inside_jit(alone, way):
+    params = optjax.init_params(CONFIG, jax.random.key(1))
+    options = {name: x for name, x in WAYS[way].items() if name != "assistant_model"}
+    assistant = optjax.init_params(SMALLER, jax.random.key(2)) if "assistant_model" in WAYS[way] else None
+
+    @jax.jit
+    def outer(params, assistant, ids, mask, key):
+        more = dict(options) | ({} if assistant is None else {"assistant_model": assistant})
+        if options.get("do_sample"):
+            more["key"] = key
+        return optjax.generate(params, ids, mask, max_new_tokens=N, **more)
+
+    found = outer(params, assistant, IDS, MASK, jax.random.key(5))
+    np.testing.assert_array_equal(np.asarray(found), alone[way])
+
+
+@needs
+def test_in_bfloat16(way):
+    params = optjax.init_params(CONFIG, jax.random.key(1), dtype=jnp.bfloat16)
+    made = generate(way, params)[:, IDS.shape[1] :]
+    assert made.shape[1] == N and ((made >= 0) & (made < 48)).all()
