@@ -3,11 +3,13 @@
     python -m bench.decode_cpu              # OPT-125m and OPT-350m shapes, batch 1 and 8: about ten minutes
     python -m bench.decode_cpu --quick      # OPT-125m's shape, two rounds
     python -m bench.decode_cpu --save       # also writes bench/results/decode_cpu.md
+    python -m bench.decode_cpu --beams 4    # beam search; --save writes bench/results/decode_cpu_beams.md
 
 All sides have the same random weights in float32, the same number of threads and cores, and make every token asked for,
-greedily. Each lives in a process of its own; in each round all are asked one after the other, first for one token, then
-for all of them, so that what disturbs the machine disturbs them alike. The very first call, which compiles, is reported
-apart. A figure is the median of the rounds; so is a ratio of times end to end, of each round's ratio.
+greedily or by beam search. Each lives in a process of its own; in each round all are asked one after the other, first
+for one token, then for all of them, so that what disturbs the machine disturbs them alike. The very first call, which
+compiles, is reported apart. A figure is the median of the rounds; so is a ratio of times end to end, of each round's
+ratio.
 
 The limit is what memory allows a decoding step: the bytes of weights, and of keys and values at mid-way, at the speed
 with which as many threads stream over an array of the weights' size, measured in the same rounds.
@@ -85,7 +87,7 @@ def main() -> None:
         text = json.dumps(asdict(outcome), indent=1)
         Path(args.json).write_text(text) if args.json != "-" else print(text)
     if args.save:
-        path = ROOT / "bench" / "results" / "decode_cpu.md"
+        path = ROOT / "bench" / "results" / ("decode_cpu.md" if args.beams == 1 else "decode_cpu_beams.md")
         path.parent.mkdir(exist_ok=True)
         path.write_text(report.markdown(outcome))
         print(f"wrote {path}")
@@ -100,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=list(NEEDS), default=list(NEEDS))
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to make; at least 2")
+    parser.add_argument("--beams", type=int, default=1, help="of beam search (1: greedy)")
     parser.add_argument("--rounds", type=int, help="measured rounds; by default 3 at batch 1 and 2 above")
     parser.add_argument("--threads", type=int, default=2, help="threads, and cores, of every side")
     parser.add_argument("--quick", action="store_true", help="one size, two rounds")
@@ -139,9 +142,9 @@ def measure_batch(workers: dict[str, Worker], row: dict[str, Result], folder: Pa
     tokens: dict[str, Any] = {}
     for side, result in row.items():
         _say(f"{size}, batch {batch}: first call of {side}")
-        answer = workers[side].ask(ids=ids, new=args.new)
+        answer = workers[side].ask(ids=ids, new=args.new, beams=args.beams)
         result.first_call = answer["seconds"]
-        workers[side].ask(ids=ids, new=1)
+        workers[side].ask(ids=ids, new=1, beams=args.beams)
         tokens[side] = sum(answer["ids"], [])
         result.same_tokens = _share_equal(tokens[side], tokens[first.side])
         time.sleep(SETTLE_SECONDS)
@@ -152,9 +155,9 @@ def measure_batch(workers: dict[str, Worker], row: dict[str, Result], folder: Pa
         for side, result in row.items():
             if number and side in ONCE:
                 continue
-            one = workers[side].ask(ids=ids, new=1, reset=not number)
+            one = workers[side].ask(ids=ids, new=1, beams=args.beams, reset=not number)
             result.one_token.append(one["seconds"])
-            answer = workers[side].ask(ids=ids, new=args.new)
+            answer = workers[side].ask(ids=ids, new=args.new, beams=args.beams)
             result.all_tokens.append(answer["seconds"])
             result.peak = answer["peak"]
             time.sleep(SETTLE_SECONDS)

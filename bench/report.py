@@ -74,8 +74,11 @@ def show(outcome: Outcome) -> None:
 def markdown(outcome: Outcome) -> str:
     given = outcome.arguments
     options = f"--sizes {' '.join(given['sizes'])} --batches {' '.join(map(str, given['batches']))}"
+    if given["beams"] > 1:
+        options += f" --beams {given['beams']}"
     if given["rounds"]:
         options += f" --rounds {given['rounds']}"
+    how = "greedy" if given["beams"] == 1 else f"the best of {given['beams']} beams"
     lines = [
         "# Decoding on a CPU",
         "",
@@ -84,7 +87,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         _setting(outcome),
         "",
-        "Random weights in float32, greedy, every token made. Medians of the rounds. *All*: from the prompt to the "
+        f"Random weights in float32, {how}, every token made. Medians of the rounds. *All*: from the prompt to the "
         "last token, in a second or later call. *Of the limit*: the decoding speed beside what memory allows, weights "
         "and cache read once a step at the speed of a plain streaming read. *optjax*: how many times as fast optjax "
         "is. *Peak*: memory resident at most, of the whole process, in the measured calls. *First call*: of all "

@@ -1,6 +1,6 @@
 """The programs that `bench.decode_cpu` compares, each behind the same two calls. A process loads one of them.
 
-Every side makes all the tokens asked for, greedily, in float32, with the settings that its own documentation gives.
+Every side makes all the tokens asked for, in float32, with the settings that its own documentation gives.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Side(Protocol):
         """The model of `bench.prepare`."""
         ...
 
-    def generate(self, ids: np.ndarray, n: int) -> np.ndarray:
-        """``n`` new tokens ``[B, n]`` for prompts ``[B, T]``."""
+    def generate(self, ids: np.ndarray, n: int, beams: int) -> np.ndarray:
+        """``n`` new tokens ``[B, n]`` for prompts ``[B, T]``, greedily or by beam search."""
         ...
 
     def version(self) -> str: ...
@@ -30,10 +30,10 @@ class Optjax:
 
         self.params = optjax.load_params(folder / "hf")
 
-    def generate(self, ids, n):
+    def generate(self, ids, n, beams):
         import optjax
 
-        return np.asarray(optjax.generate(self.params, ids, max_new_tokens=n))[:, ids.shape[1] :]
+        return np.asarray(optjax.generate(self.params, ids, max_new_tokens=n, num_beams=beams))[:, ids.shape[1] :]
 
     def version(self):
         import jax
@@ -51,13 +51,14 @@ class Torch:
         torch.set_num_threads(threads)
         self.model = OPTForCausalLM.from_pretrained(folder / "hf", attn_implementation="sdpa").eval()
 
-    def generate(self, ids, n):
+    def generate(self, ids, n, beams):
         import torch
 
         with torch.inference_mode():
             prompt = torch.from_numpy(ids)
             mask = torch.ones_like(prompt)
-            out = self.model.generate(prompt, attention_mask=mask, max_new_tokens=n, do_sample=False, use_cache=True)
+            options = dict(max_new_tokens=n, do_sample=False, use_cache=True, num_beams=beams)
+            out = self.model.generate(prompt, attention_mask=mask, **options)
         return out[:, ids.shape[1] :].numpy()  # pyright: ignore
 
     def version(self):
@@ -75,13 +76,12 @@ class Flax:
 
         self.model: Any = FlaxOPTForCausalLM.from_pretrained(folder / "flax")
 
-    def generate(self, ids, n):
-        return np.asarray(self._generate(ids, n, self.model.params))[:, ids.shape[1] :]
+    def generate(self, ids, n, beams):
+        return np.asarray(self._generate(ids, n, beams, self.model.params))[:, ids.shape[1] :]
 
-    def _generate(self, ids, n, params):
-        return self.model.generate(
-            ids, params=params, max_new_tokens=n, do_sample=False, eos_token_id=self.model.config.vocab_size
-        ).sequences
+    def _generate(self, ids, n, beams, params):
+        options = dict(max_new_tokens=n, do_sample=False, num_beams=beams, eos_token_id=self.model.config.vocab_size)
+        return self.model.generate(ids, params=params, **options).sequences
 
     def version(self):
         import jax
@@ -97,10 +97,10 @@ class FlaxJit(Flax):
         import jax
 
         super().load(folder, threads)
-        self.jitted = jax.jit(super()._generate, static_argnums=1)
+        self.jitted = jax.jit(super()._generate, static_argnums=(1, 2))
 
-    def _generate(self, ids, n, params):
-        return self.jitted(ids, n, params)
+    def _generate(self, ids, n, beams, params):
+        return self.jitted(ids, n, beams, params)
 
 
 class CTranslate2:
@@ -110,11 +110,10 @@ class CTranslate2:
         where = str(folder / "ctranslate2")
         self.generator = ctranslate2.Generator(where, device="cpu", compute_type="float32", intra_threads=threads)
 
-    def generate(self, ids, n):
+    def generate(self, ids, n, beams):
         prompts = [[str(i) for i in row] for row in ids.tolist()]
-        out = self.generator.generate_batch(
-            prompts, beam_size=1, min_length=n, max_length=n, include_prompt_in_result=False, end_token="0"
-        )
+        options = dict(min_length=n, max_length=n, include_prompt_in_result=False, end_token="0")
+        out = self.generator.generate_batch(prompts, beam_size=beams, **options)
         return np.array([result.sequences_ids[0] for result in out])
 
     def version(self):
@@ -133,7 +132,7 @@ class Reader:
         self.parts = [np.ones(size // threads // 4, np.float32) for _ in range(threads)]
         self.pool = ThreadPoolExecutor(threads)
 
-    def generate(self, ids, n):
+    def generate(self, ids, n, beams):
         for _ in range(n):
             list(self.pool.map(np.max, self.parts))
         return np.zeros((len(ids), n), np.int64)

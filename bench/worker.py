@@ -76,7 +76,8 @@ def main() -> None:
 
 
 def respond(side: Any, threads: int, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to ``{"load": folder}`` or ``{"ids": prompts, "new": how many, "reset": of the memory's peak}``."""
+    """The answer to ``{"load": folder}`` or ``{"ids": prompts, "new": how many, "beams": in a search,
+    "reset": of the memory's peak}``."""
     import numpy as np
 
     if request.get("reset"):
@@ -87,7 +88,7 @@ def respond(side: Any, threads: int, request: dict[str, Any]) -> dict[str, Any]:
         return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "version": side.version()}
     ids = np.asarray(request["ids"])
     start = time.perf_counter()
-    out = side.generate(ids, request["new"])
+    out = side.generate(ids, request["new"], request.get("beams", 1))
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak": peak_bytes(), "ids": np.asarray(out).tolist()}
 

@@ -18,9 +18,11 @@ def _run(repository, *arguments):
     return done.stdout
 
 
-def test_decode_cpu_compares_the_same_tokens(repository, tmp_path):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decode_cpu_compares_the_same_tokens(repository, tmp_path, beams):
     file = tmp_path / "figures.json"
     options = "--sizes tiny --batches 2 --prompt 8 --new 4 --rounds 1 --threads 1 --sides optjax torch".split()
+    options += ["--beams", beams]
     printed = _run(repository, "bench.decode_cpu", *options, "--json", file)
     assert "OPT-tiny, batch 2" in printed
     figures = json.loads(file.read_text())
@@ -38,7 +40,7 @@ def test_a_ratio_says_how_many_times_as_fast_optjax_is():
     results = [vars(r) | {"decoding": r.decoding(new=11)} for r in (quick, slow)]
     # 80 tokens after the first ones, in 3 - 1 and in 8 - 2 seconds.
     assert [r["decoding"] for r in results] == pytest.approx([40, 80 / 6])
-    given = {"sizes": ["125m"], "batches": [8], "rounds": 3, "prompt": 5, "new": 11, "threads": 2}
+    given = {"sizes": ["125m"], "batches": [8], "rounds": 3, "prompt": 5, "new": 11, "threads": 2, "beams": 1}
     lines = report.markdown(report.Outcome(results, given)).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     table = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
