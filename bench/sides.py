@@ -57,7 +57,7 @@ class Torch:
         with torch.inference_mode():
             prompt = torch.from_numpy(ids)
             mask = torch.ones_like(prompt)
-            options = dict(max_new_tokens=n, do_sample=False, use_cache=True, num_beams=beams)
+            options: Any = dict(max_new_tokens=n, do_sample=False, use_cache=True, num_beams=beams)
             out = self.model.generate(prompt, attention_mask=mask, **options)
         return out[:, ids.shape[1] :].numpy()  # pyright: ignore
 
