@@ -39,7 +39,7 @@ def attend_in_blocks(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` (layout ``"heads"``, S = T, no past), for training over long rows: ``[B, T, D]`` and no weights.
+    """`attend` without a past (layout ``"heads"``, S = T) for blocks that divide T: ``[B, T, D]`` and no weights.
 
     Scores exist for ``block`` queries at a time, and are computed again in the backward pass. A block looks at no key
     beyond its last query. Where the devices share out T, blocks are ``interleaved`` instead (every n-th query), so that

@@ -23,7 +23,7 @@ def platform(placement: Placement | None) -> str:
 
 def parts(placement: Placement | None, size: int, axis: str) -> int:
     """The number of parts that a dimension of an activation is split into, by its logical axis."""
-    return 1 if placement is None else size // placement.fitting((size,), (axis,)).shard_shape((size,))[0]
+    return 1 if placement is None else placement.parts(size, axis)
 
 
 def constrain(placement: Placement | None, x: jax.Array, *axes: str | None) -> jax.Array:
@@ -48,10 +48,10 @@ def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
 
 
 def cast(weight: jax.Array, dtype: Any) -> jax.Array:
-    """``weight.astype(dtype)``, in a form that the TPU compiler leaves where it is, before the weight is gathered.
+    """``weight.astype(dtype)``, in a form that the compilers leave where it is, before the weight is gathered.
 
-    A plain cast it moves: of a gathered weight to after the gather, which then moves float32; of a layer's slice to
-    before the loop over layers, as another copy of all weights, whatever `optimization_barrier` says.
+    A plain cast they move: on TPU that of a layer's slice to before the loop over layers, as another copy of all
+    weights, whatever the barrier says; on GPU, but for the barrier, to after the gather, which then moves float32.
     """
     if jnp.dtype(dtype).itemsize < weight.dtype.itemsize:
         info = jnp.finfo(dtype)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optjax.config import OPTConfig
 from optjax.declaration import declare
-from optjax.placed import cast
+from optjax.placed import cast, parts
 from optjax.sharding.mesh import AXES, format_mesh
 from optjax.sharding.rules import Rules, as_rules
 
@@ -58,13 +58,11 @@ class Placement:
 
     def fitting(self, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
         """The sharding of an activation; a dimension is split only as far as it divides (one row, one token)."""
-        entries = []
-        for size, axis in zip(shape, axes, strict=True):
-            names = self.mesh_axes(axis)
-            while size % math.prod(self.mesh.shape[name] for name in names):
-                names = names[:-1]
-            entries.append(names)
-        return self._named(entries)
+        return self._named(self._dividing(size, axis) for size, axis in zip(shape, axes, strict=True))
+
+    def parts(self, size: int, axis: str) -> int:
+        """The number of parts that `fitting` splits a dimension of an activation into."""
+        return math.prod(self.mesh.shape[name] for name in self._dividing(size, axis))
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """An activation, told where to lie; see `fitting`."""
@@ -86,17 +84,8 @@ class Placement:
             return jax.lax.with_sharding_constraint(weight, gathered)  # codes of a quantized weight have no cotangent
         return _gather(weight, stored, gathered)
 
-    def parts(self, rows: int, length: int) -> tuple[int, int]:
-        """Into how many parts `fitting` splits the rows and the lengths of tokens ``[rows, length]``."""
-        sharding = self.fitting((rows, length), ("batch", "length"))
-        here = sharding.shard_shape((rows, length))
-        return rows // here[0], length // here[1]
-
     def total(self, sums: jax.Array, axes: Axes) -> jax.Array:
-        """The sum of ``[P, Q, …]`` over the `parts`, each summed up where its tokens are, in the sharding of a weight.
-
-        A reduce-scatter; of a sum over all tokens at once the compiler makes an all-reduce, of the whole weight.
-        """
+        """A weight's cotangent, in its sharding, from the sums ``[P, Q, …]`` over each of the parts of `in_parts`."""
         parts = self.fitting(sums.shape[:2], ("batch", "length")).spec
         sums = jax.lax.with_sharding_constraint(sums, self._named([*parts, *self._gathered(axes).spec]))
         return jax.lax.with_sharding_constraint(sums.sum((0, 1)), self.sharding(axes))
@@ -111,6 +100,12 @@ class Placement:
         of_tokens = {*self.mesh_axes("batch"), *self.mesh_axes("length")}
         return self._named(tuple(name for name in self.mesh_axes(axis) if name not in of_tokens) for axis in axes)
 
+    def _dividing(self, size: int, axis: str | None) -> tuple[str, ...]:
+        names = self.mesh_axes(axis)
+        while size % math.prod(self.mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names
+
     def _named(self, entries: Any) -> NamedSharding:
         spec = [names[0] if isinstance(names, tuple) and len(names) == 1 else names or None for names in entries]
         return NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -120,9 +115,13 @@ class Placement:
         return f"Placement({format_mesh(self.mesh)}; {rules})"
 
 
-def in_parts(x: jax.Array, parts: tuple[int, int]) -> jax.Array:
-    """Tokens ``[B, T, …]`` as ``[P, B/P, Q, T/Q, …]``; see `Placement.parts`."""
-    (p, q), (b, t, *rest) = parts, x.shape
+def in_parts(placement: Placement | None, x: jax.Array) -> jax.Array:
+    """Tokens ``[B, T, …]`` as ``[P, B/P, Q, T/Q, …]``, by the parts that rows and their lengths are split into.
+
+    What is summed over the tokens of each part first is summed where it is.
+    """
+    b, t, *rest = x.shape
+    p, q = parts(placement, b, "batch"), parts(placement, t, "length")
     return x.reshape(p, b // p, q, t // q, *rest)
 
 
@@ -170,7 +169,7 @@ def _take_backward(dtype, placement, axes, rows, kept, cotangent):
     def one(index, cotangent):
         return jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent)
 
-    index, cotangent = (in_parts(x, placement.parts(*index.shape)) for x in (index, cotangent))
+    index, cotangent = (in_parts(placement, x) for x in (index, cotangent))
     sums = jax.vmap(jax.vmap(one, in_axes=1), in_axes=0)(index, cotangent)
     return placement.total(sums, axes).astype(table.dtype), None
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optjax.declaration import logical_axes
 from optjax.heads import IGNORE_INDEX
 from optjax.params import Params
-from optjax.placed import cast, constrain, gather
+from optjax.placed import cast, constrain, gather, parts
 from optjax.sharding.placement import in_parts
 
 from .options import StepOptions
@@ -57,7 +57,6 @@ def _summed_loss(table, x, labels, scale, placement: Any, axes, chunks: int) -> 
 
 def _with_gradients(table, x, labels, scale, placement, axes, chunks):
     used = _as_used(table, x.dtype, placement, axes)
-    parts = (1, 1) if placement is None else placement.parts(*labels.shape)
 
     def add(carry, part):
         total, sums = carry
@@ -66,14 +65,15 @@ def _with_gradients(table, x, labels, scale, placement, axes, chunks):
         dx = jnp.einsum("btv,ve->bte", d_logits, used, preferred_element_type=x.dtype)
         dx = constrain(placement, dx, "batch", "residual_length", None)
         # Each part of the tokens has a sum of its own: else every chunk would be summed over all devices.
-        d_logits, x = (in_parts(y, parts) for y in (d_logits, x))
+        d_logits, x = (in_parts(placement, y) for y in (d_logits, x))
         more = jnp.einsum("pbqtv,pbqte->pqve", d_logits, x, preferred_element_type=jnp.float32)
         return (total + nll, constrain(placement, sums + more, "batch", "length", "vocab", None)), dx
 
-    start = _no_loss(labels, chunks), jnp.zeros((*parts, *table.shape), jnp.float32)
+    b, t, e = x.shape
+    places = parts(placement, b, "batch"), parts(placement, t // chunks, "length")
+    start = _no_loss(labels, chunks), jnp.zeros((*places, *table.shape), jnp.float32)
     (total, sums), dx = _over_chunks(add, start, x, labels, chunks)
     d_table = sums[0, 0] if placement is None else placement.total(sums, axes)
-    b, t, e = x.shape
     dx = constrain(placement, jnp.moveaxis(dx, 0, 2).reshape(b, t, e), "batch", "residual_length", None)
     # Left to itself the compiler keeps every device's whole sum until the layers are done.
     return total.sum() * scale, jax.lax.optimization_barrier((d_table.astype(table.dtype), dx))
@@ -115,8 +115,8 @@ def _over_chunks(add, start, x, labels, chunks: int) -> tuple[Any, jax.Array]:
     if chunks == 1:
         carry, out = add(start, (x, labels))
         return carry, out[None]
-    parts = jnp.moveaxis(x.reshape(b, t // chunks, chunks, e), 2, 0)
-    return jax.lax.scan(add, start, (parts, jnp.moveaxis(labels.reshape(b, t // chunks, chunks), 2, 0)))
+    pieces = jnp.moveaxis(x.reshape(b, t // chunks, chunks, e), 2, 0)
+    return jax.lax.scan(add, start, (pieces, jnp.moveaxis(labels.reshape(b, t // chunks, chunks), 2, 0)))
 
 
 def _as_used(table, dtype, placement, axes) -> jax.Array:

@@ -50,6 +50,7 @@ class Splits(Protocol):
     def mesh(self) -> Any: ...
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]: ...
     def shards(self, axis: str | None) -> int: ...
+    def parts(self, size: int, axis: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def training(config: OPTConfig, splits: Splits, options: Training) -> Work:
     o, again = options, REMAT[options.remat]
     tokens = o.batch * o.length
     rows = o.batch // o.micro_batches
-    own = tokens / fit(splits, "batch", rows) / fit(splits, "length", o.length)  # tokens of a device
+    own = tokens / splits.parts(rows, "batch") / splits.parts(o.length, "length")  # tokens of a device
     forward = token_flops(config) * tokens + attention_flops(config, o.batch * causal_pairs(o.length))
     products = layer_flops(config, splits, own, 0)
     attention = layer_flops(config, splits, 0, own * o.length)
@@ -127,18 +128,18 @@ def training(config: OPTConfig, splits: Splits, options: Training) -> Work:
     if o.moments_on_device:
         memory["optimizer state"] = weights // o.weight * 2 * o.moment
     memory["gradients"] = weights // o.weight * o.gradient
-    memory["activations"] = int(rows / fit(splits, "batch", rows) * _kept_bytes(config, splits, o))
+    memory["activations"] = int(rows / splits.parts(rows, "batch") * _kept_bytes(config, splits, o))
     return Work(3 * forward, flops, hbm, memory, tokens)
 
 
 def prefill(config: OPTConfig, splits: Splits, *, batch: int, length: int, cache_length: int, width: int = 2) -> Work:
     """Reading prompts of ``length`` tokens into an empty cache; logits of the last one only."""
     tokens = batch * length
-    own = tokens / fit(splits, "batch", batch) / fit(splits, "length", length)
+    own = tokens / splits.parts(batch, "batch") / splits.parts(length, "length")
     model = token_flops(config, head=False) * tokens + attention_flops(config, batch * causal_pairs(length))
     model += 2 * batch * config.vocab_size * config.embed_dim
     flops = layer_flops(config, splits, own, own * cache_length)
-    flops += 2 * (batch / fit(splits, "batch", batch)) * config.vocab_size * config.embed_dim / splits.shards("vocab")
+    flops += 2 * (batch / splits.parts(batch, "batch")) * config.vocab_size * config.embed_dim / splits.shards("vocab")
     memory = _serving(config, splits, batch, cache_length, width)
     hbm = used_bytes(config, splits, width) + _activation_traffic(config, splits, own, cache_length, width)
     hbm += memory["cache"] * length / cache_length
@@ -147,7 +148,7 @@ def prefill(config: OPTConfig, splits: Splits, *, batch: int, length: int, cache
 
 def decoding(config: OPTConfig, splits: Splits, *, batch: int, cache_length: int, width: int = 2) -> Work:
     """One token for each row, over a full cache."""
-    own = batch / fit(splits, "batch", batch)
+    own = batch / splits.parts(batch, "batch")
     model = token_flops(config) * batch + attention_flops(config, batch * cache_length)
     flops = layer_flops(config, splits, own, own * cache_length) + _projection_flops(config, own)
     flops += 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
@@ -193,17 +194,8 @@ def used_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
 
 def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, width: int) -> int:
     """Of keys and values on one device."""
-    parts = fit(splits, "batch", batch) * splits.shards("heads") * fit(splits, "cache_length", length)
+    parts = splits.parts(batch, "batch") * splits.shards("heads") * splits.parts(length, "cache_length")
     return 2 * config.num_hidden_layers * batch * length * config.hidden_size * width // parts
-
-
-def fit(splits: Splits, axis: str, size: int) -> int:
-    """The parts that a dimension of activations is split into: as many of its mesh axes as divide it."""
-    sizes: Mapping[str, int] = splits.mesh.shape
-    names = splits.mesh_axes(axis)
-    while size % math.prod(sizes[name] for name in names):
-        names = names[:-1]
-    return math.prod(sizes[name] for name in names)
 
 
 def _share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:
@@ -235,7 +227,7 @@ def _activation_traffic(config: OPTConfig, splits: Splits, tokens: float, keys: 
 def _kept_bytes(config: OPTConfig, splits: Splits, o: Training) -> float:
     """Of one row, of all layers, between the forward and the backward pass."""
     keep = REMAT[o.remat]
-    whole, inside = o.length / fit(splits, "residual_length", o.length), o.length / fit(splits, "length", o.length)
+    whole, inside = o.length / splits.parts(o.length, "residual_length"), o.length / splits.parts(o.length, "length")
     values = keep.residual * config.hidden_size * whole
     values += keep.heads * config.hidden_size * inside / splits.shards("heads")
     values += keep.mlp * config.ffn_dim * inside / splits.shards("mlp")

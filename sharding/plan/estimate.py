@@ -34,7 +34,7 @@ def memory(request: Request) -> float:
         tokens, keys = rows * o["length"], o["length"]
         block = min(512, keys) if o["query_block"] is None else o["query_block"] or keys
         layer *= 4  # with the next layer's, and gradients
-    own = analytic.fit(splits, "batch", rows)
+    own = splits.parts(rows, "batch")
     d, f = config.hidden_size, config.ffn_dim
     values = tokens / own * (4 * d + 4 * d / splits.shards("heads") + 2 * f / splits.shards("mlp")) * width
     heads = rows / own * config.num_attention_heads / splits.shards("heads")
@@ -54,7 +54,7 @@ def _traffic(request: Request) -> float:
     used = analytic.used_bytes(config, splits, width)
     exchanged = 2 * config.num_hidden_layers * config.hidden_size * width  # a token's, in one pass over the layers
     if request.job == "generate":
-        own = o["batch"] / analytic.fit(splits, "batch", o["batch"])
+        own = o["batch"] / splits.parts(o["batch"], "batch")
         gathers = seconds("all-gather", used, _group(request, of_tokens & of_weights))
         return max(gathers, seconds("all-reduce", exchanged * own, _group(request, of_layers)))
     parts = o["micro_batches"]
