@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.cache import Cache, init_cache
+from optjax.generation.aligned import right_aligned
 from optjax.generation.draw import draw_several
 from optjax.generation.finish import Finished, finish_beams, finish_group, finish_open
 from optjax.generation.history import History, new_history
@@ -113,9 +114,7 @@ def run_beams(
 
 def start_beams(params: Params, ids, mask, settings: Settings, room: int) -> tuple[BeamState, jax.Array]:
     """Reads prompts ``[B, T]``, each once. Also the next token's logits ``[B · n, V]``, alike for a prompt's beams."""
-    order = jnp.argsort(mask, axis=1, stable=True)
-    # Real tokens to the right end, gaps closed: padding anywhere is padding on the left.
-    ids, mask = (jnp.take_along_axis(x, order, axis=1) for x in (ids, mask))
+    ids, mask = right_aligned(ids, mask)
     b, t = ids.shape
     beams, n = _beams(settings), _beams(settings).num_beams
     with jax.named_scope("prefill"):

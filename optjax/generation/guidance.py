@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optjax.generation.aligned import right_aligned
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["scale", "ids", "mask"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,7 @@ def with_other_branch(guidance: Guidance | None, ids: jax.Array, mask: jax.Array
     if guidance.ids is None:
         others, their_mask = ids, mask & (jnp.arange(ids.shape[1]) == ids.shape[1] - 1)
     else:
-        order = jnp.argsort(guidance.mask, axis=1, stable=True)
-        others, their_mask = (jnp.take_along_axis(x, order, axis=1) for x in (guidance.ids, guidance.mask))
+        others, their_mask = right_aligned(guidance.ids, guidance.mask)
     width = max(ids.shape[1], others.shape[1])
 
     def pad(x: jax.Array) -> jax.Array:

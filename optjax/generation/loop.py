@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.cache import Cache, init_cache, reorder_cache
+from optjax.generation.aligned import right_aligned
 from optjax.generation.contrastive import Ahead, look_ahead, new_context
 from optjax.generation.decode import next_logits
 from optjax.generation.draw import draw, most_probable
@@ -127,12 +128,6 @@ def start(params: Params, ids, mask, settings: Settings, key, room: int) -> Stat
     done = jnp.zeros(ids.shape[0], bool)
     ahead = Ahead(logits, new_context(out.last_hidden_state, room)) if settings.contrastive else None
     return _choose(params, settings, key, cache, history, done, logits, ahead)
-
-
-def right_aligned(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Real tokens at the right end, gaps closed: padding anywhere is padding on the left."""
-    order = jnp.argsort(mask, axis=1, stable=True)
-    return jnp.take_along_axis(ids, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
 def advance(params: Params, settings: Settings, key, state: State) -> State:

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 
 from optjax.cache import Cache, init_cache, reorder_cache
 from optjax.generation.accept import accept_draws, accept_greedy
+from optjax.generation.aligned import right_aligned
 from optjax.generation.draw import draw, most_probable
 from optjax.generation.history import History
-from optjax.generation.loop import Choice, right_aligned, start
+from optjax.generation.loop import Choice, start
 from optjax.generation.processors import process
 from optjax.generation.prompt_lookup import look_up
 from optjax.generation.settings import Settings
