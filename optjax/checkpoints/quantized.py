@@ -25,7 +25,7 @@ from optjax.checkpoints.tensors import Index, TensorRef, block
 from optjax.config import OPTConfig
 from optjax.declaration import Weight
 from optjax.quantization.codes import unpack_on_host
-from optjax.quantization.quantize import Quantization
+from optjax.quantization.quantize import Quantization, encode_placed
 from optjax.quantization.weight import QuantizedWeight, encode
 
 METHOD = "optjax"
@@ -135,7 +135,7 @@ class LazyQuantized:
 
     def read_values(self) -> np.ndarray:
         array = jnp.asarray(self.ref.read())
-        made = _encode(array, self.kind, self.group_size)
+        made = encode_placed(array, self.kind, self.group_size, array.dtype, False)
         self.advance(self.ref.nbytes)
         self.scales = np.asarray(made.scales)
         return np.asarray(made.values)
@@ -146,8 +146,3 @@ class LazyQuantized:
         kept, self.scales = self.scales, None
         assert kept is not None
         return kept
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _encode(array: jax.Array, kind: str, group_size: int) -> QuantizedWeight:
-    return encode(array, kind, group_size, array.dtype, native=False)

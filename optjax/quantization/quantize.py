@@ -147,16 +147,13 @@ def quantize_weight(
     if kind is None:
         return array
     check_groups(quantization, weight, placement)
-    make = partial(
-        encode, kind=kind, group_size=quantization.group_size, dtype=dtype, native=platform(placement) == "tpu"
-    )
-    shardings = None
+    native = platform(placement) == "tpu"
+    make = partial(encode, kind=kind, group_size=quantization.group_size, dtype=dtype, native=native)
+    shape, shardings = jax.eval_shape(make, array), None
     if placement is not None:
-        shape = jax.eval_shape(make, array)
         shardings = shape.map_with_axes(lambda _, axes: placement.sharding(axes), _axes(weight, len(array.shape)))
     if not isinstance(array, jax.ShapeDtypeStruct):
-        return _encode(array, kind, quantization.group_size, np.dtype(dtype), platform(placement) == "tpu", shardings)
-    shape = jax.eval_shape(make, array)
+        return encode_placed(array, kind, quantization.group_size, np.dtype(dtype), native, shardings)
     if shardings is None:
         return shape
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shape, shardings)
@@ -185,7 +182,10 @@ def check_placement(
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _encode(array: jax.Array, kind: str, group_size: int, dtype: Any, native: bool, shardings: Any) -> QuantizedWeight:
+def encode_placed(
+    array: jax.Array, kind: str, group_size: int, dtype: Any, native: bool, shardings: Any = None
+) -> QuantizedWeight:
+    """`encode` as one program, its result where ``shardings`` say."""
     made = encode(array, kind, group_size, dtype, native=native)
     return made if shardings is None else jax.lax.with_sharding_constraint(made, shardings)
 
