@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -28,11 +29,15 @@ def overlap_options(mesh: Mesh | None) -> dict[str, Any]:
 
 
 def compile_overlapped(lowered: jax.stages.Lowered, mesh: Mesh | None) -> jax.stages.Compiled:
-    """Compiles with `overlap_options`, or without them where the compiler is of another age and does not know them."""
+    """Compiles with `overlap_options`; without them, and with a warning, where the compiler does not know them."""
     options = overlap_options(mesh)
     try:
         return lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
-        if not any(name in str(error) for name in options):
+        unknown = [name for name in options if f"No such compile option: '{name}'" in str(error)]
+        if not unknown:
             raise
+        warnings.warn(
+            f"this compiler has no {unknown[0]}: computing will wait while weights are gathered", stacklevel=2
+        )
         return lowered.compile()
