@@ -10,9 +10,12 @@ import torch
 import transformers
 from hf_models import params_from, state_of, torch_model
 
+import optjax
 from optjax import OPTConfig, Params
 
 PAD = 1
+# What ends a row in the tests of score processors.
+EOS = [3, 40]
 # Logits agree to 1e-5 of the largest. Where the two best are nearer to each other than that, either may be chosen.
 TOLERANCE = 1e-5
 
@@ -134,3 +137,21 @@ def assert_same_tokens(ours: Any, theirs: Continuation) -> None:
     assert compared.all(1).mean() >= 0.97, "too many near ties for a test: choose another seed"
     differ = ((ours != theirs.tokens) & compared).any(1)
     assert not differ.any(), f"row {differ.argmax()}: {ours[differ.argmax()]}, not {theirs.tokens[differ.argmax()]}"
+
+
+def check_option(
+    case: Any, usual: np.ndarray, where: str = "left", changes: int = 10, theirs: dict | None = None, **options: Any
+) -> np.ndarray:
+    """Ours equals transformers', and the option does change at least so many of the rows that come without it.
+
+    ``case`` is a model of each kind, prompts and a random generator; ``theirs`` what only transformers is told.
+    """
+    model, params, prompts, rng = case
+    n = usual.shape[1]
+    options = {"eos_token_id": EOS} | options
+    expected = hf_generate(model, prompts, n, **(options | (theirs or {})))
+    assert (expected.tokens != usual).any(1).sum() >= changes, "the option hardly shows: a test of nothing"
+    ids, mask = pad(prompts, where, rng, params.config.vocab_size)
+    ours = optjax.generate(params, ids, mask, max_new_tokens=n, **options)
+    assert_same_tokens(np.asarray(ours)[:, ids.shape[1] :], expected)
+    return expected.tokens

@@ -1,21 +1,15 @@
 """Decoding as the TPU compiler sees it: two layers of OPT-1.3b's width in bfloat16, for a v5e that is not there.
 
-Needs the libtpu wheel (``pip install 'jax[tpu]'``), and no TPU: nothing is run. In a process of its own, as libtpu
-reads the environment when jax is imported.
+Needs the libtpu wheel (``pip install 'jax[tpu]'``), and no TPU: nothing is run.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-from optjax.sharding.plan.devices import ENVIRONMENT
+from tpu_compiler import ask
 
 ROWS, COLUMNS, LAYERS, D = 8, 2048, 2, 2048
 BUFFER = f"{ROWS},{COLUMNS},{D}"
@@ -27,11 +21,7 @@ pytestmark = pytest.mark.tpu_compiler
 
 @pytest.fixture(scope="module")
 def programs() -> dict:
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return ask(__file__)
 
 
 def test_a_step_has_no_temporary_of_the_caches_size(programs):

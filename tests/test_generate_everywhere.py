@@ -73,6 +73,9 @@ def test_inside_jit(alone, way):
 
 @needs
 def test_in_bfloat16(way):
+    """Rounding moves few tokens, and none of the first, from those that the same weights give in float32."""
     params = optjax.init_params(CONFIG, jax.random.key(1), dtype=jnp.bfloat16)
-    made = generate(way, params)[:, IDS.shape[1] :]
-    assert made.shape[1] == N and ((made >= 0) & (made < 48)).all()
+    exact = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
+    made, expected = (generate(way, each)[:, IDS.shape[1] :] for each in (params, exact))
+    assert (made[:, 0] == expected[:, 0]).all()
+    assert (made == expected).mean() > 0.8

@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from generation_helpers import CONFIG, assert_same_tokens, hf_generate, make_pair, pad, random_prompts
+from generation_helpers import (
+    CONFIG,
+    EOS,
+    assert_same_tokens,
+    check_option,
+    hf_generate,
+    make_pair,
+    pad,
+    random_prompts,
+)
 from hf_models import assert_close
 
 import optjax
 
 ROWS, NEW = 200, 12
 V = CONFIG.vocab_size
-EOS = [3, 40]
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +45,9 @@ def usual(case):
     return tokens
 
 
-def check(case, usual, where="left", changes=10, theirs: dict | None = None, **options) -> np.ndarray:
-    """Ours equals transformers', and the option does change at least so many of the rows."""
-    model, params, prompts, rng = case
-    options = {"eos_token_id": EOS} | options
-    expected = hf_generate(model, prompts, NEW, **(options | (theirs or {})))
-    assert (expected.tokens != usual).any(1).sum() >= changes, "the option hardly shows: a test of nothing"
-    ids, mask = pad(prompts, where, rng, V)
-    ours = optjax.generate(params, ids, mask, max_new_tokens=NEW, **options)
-    assert_same_tokens(np.asarray(ours)[:, ids.shape[1] :], expected)
-    return expected.tokens
-
-
 @pytest.mark.parametrize("penalty", [1.4, 0.7])
 def test_encoder_repetition_penalty(case, usual, penalty):
-    check(case, usual, encoder_repetition_penalty=penalty)
+    check_option(case, usual, encoder_repetition_penalty=penalty)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -59,14 +55,14 @@ def test_encoder_no_repeat_ngram_size(case, usual, size):
     """A prompt that says again what the model would: else there is little to forbid."""
     case = (*case[:2], [np.concatenate([p, row[:6], p]) for p, row in zip(case[2], usual, strict=True)], case[3])
     usual = hf_generate(case[0], case[2], NEW, eos_token_id=EOS).tokens
-    check(case, usual, where="holes", encoder_no_repeat_ngram_size=size, changes=5)
+    check_option(case, usual, where="holes", encoder_no_repeat_ngram_size=size, changes=5)
 
 
 def test_min_length(case, usual):
     """Of the whole row: some prompts are as long already."""
     lengths = np.array([len(prompt) for prompt in case[2]])
     assert (lengths < 9).any() and (lengths >= 9).any()
-    tokens = check(case, usual, where="holes", min_length=9)
+    tokens = check_option(case, usual, where="holes", min_length=9)
     for row, n in zip(tokens, lengths, strict=True):
         assert not np.isin(row[: max(9 - n, 0)], EOS).any()
 
@@ -80,32 +76,32 @@ def test_sequence_bias(case, usual):
     often = pairs[np.argsort(-times)][:6].tolist()
     bias = {(7,): 1.5, (EOS[0],): -2.0, (9, *often[0]): 4.0, (often[1][1],): 0.5, (5,): float("-inf")}
     bias |= {tuple(pair): -3.0 for pair in often[:3]} | {tuple(pair): 2.5 for pair in often[3:]}
-    first = check(case, usual, where="holes", sequence_bias=bias)
+    first = check_option(case, usual, where="holes", sequence_bias=bias)
     pairs = [[list(ids), value] for ids, value in bias.items()]
-    np.testing.assert_array_equal(check(case, usual, sequence_bias=pairs), first)
+    np.testing.assert_array_equal(check_option(case, usual, sequence_bias=pairs), first)
 
 
 def test_forced_tokens(case, usual):
     """A prompt of one token is followed by the forced one; the last of max_new_tokens is an end, if none was before."""
     one = np.array([len(prompt) == 1 for prompt in case[2]])
     assert 5 < one.sum() < 100
-    tokens = check(case, usual, forced_bos_token_id=33)
+    tokens = check_option(case, usual, forced_bos_token_id=33)
     assert (tokens[one, 0] == 33).all() and (tokens[~one, 0] != 33).any()
-    tokens = check(case, usual, forced_eos_token_id=EOS[1])
+    tokens = check_option(case, usual, forced_eos_token_id=EOS[1])
     assert np.isin(tokens, EOS).any(1).all()
 
 
 def test_begin_suppress_tokens(case, usual):
     first = np.bincount(usual[:, 0], minlength=V).argsort()[-5:].tolist()
-    tokens = check(case, usual, begin_suppress_tokens=first)
+    tokens = check_option(case, usual, begin_suppress_tokens=first)
     assert not np.isin(tokens[:, 0], first).any() and np.isin(tokens[:, 1:], first).any()
     # after a forced first token: the second
-    check(case, usual, forced_bos_token_id=first[0], begin_suppress_tokens=first)
+    check_option(case, usual, forced_bos_token_id=first[0], begin_suppress_tokens=first)
 
 
 @pytest.mark.parametrize("start, factor", [(4, 1.5), (0, 0.8)])
 def test_exponential_decay_length_penalty(case, usual, start, factor):
-    check(case, usual, exponential_decay_length_penalty=(start, factor), changes=3)
+    check_option(case, usual, exponential_decay_length_penalty=(start, factor), changes=3)
 
 
 def test_forbidden_ends_stay_forbidden_under_a_decay(case):
@@ -145,9 +141,9 @@ class Halved(transformers.LogitsProcessor):
 
 def test_logits_processor(case, usual):
     """Functions of one's own, in order; a prompt of one token has the pad id, 1, before it."""
-    check(case, usual, "holes", logits_processor=prefers_sums, theirs={"logits_processor": [Halves()]})
+    check_option(case, usual, "holes", logits_processor=prefers_sums, theirs={"logits_processor": [Halves()]})
     both = dict(logits_processor=[halved, prefers_sums], suppress_tokens=[6])
-    check(case, usual, "left", **both, theirs={"logits_processor": [Halved(), Halves()]})
+    check_option(case, usual, "left", **both, theirs={"logits_processor": [Halved(), Halves()]})
 
 
 def test_logits_processor_sees_the_row(case):
@@ -203,7 +199,7 @@ def test_renormalize_logits_and_invalid_values(case, usual):
 def test_all_at_once(case, usual):
     """In transformers' order. Without the decay, of which there a forbidden end makes NaN."""
     case = (*case[:2], [np.concatenate([[9, 9], prompt]) for prompt in case[2]], case[3])
-    check(
+    check_option(
         case, usual, where="holes", theirs={"logits_processor": [Halved()]}, logits_processor=halved,
         sequence_bias={(7,): 1.5, (9, 9, 4): 3.0}, encoder_repetition_penalty=1.3, repetition_penalty=1.2,
         no_repeat_ngram_size=3, encoder_no_repeat_ngram_size=2, bad_words_ids=[[4], [30, 31]], min_length=8,

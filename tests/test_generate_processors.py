@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from generation_helpers import CONFIG, assert_same_tokens, hf_generate, make_pair, pad, random_prompts
+from generation_helpers import (
+    CONFIG,
+    EOS,
+    assert_same_tokens,
+    check_option,
+    hf_generate,
+    make_pair,
+    pad,
+    random_prompts,
+)
 
 import optjax
 
 ROWS, NEW = 100, 14
 V = CONFIG.vocab_size
-EOS = [3, 40]
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +39,19 @@ def usual(case):
     return hf_generate(model, prompts, NEW, eos_token_id=EOS).tokens
 
 
-def check(case, usual, where="left", changes=10, **options):
-    """Ours equals transformers', and the option does change at least so many of the 100 rows."""
-    model, params, prompts, rng = case
-    options = {"eos_token_id": EOS} | options
-    theirs = hf_generate(model, prompts, NEW, **options)
-    assert (theirs.tokens != usual).any(1).sum() >= changes, "the option hardly shows: a test of nothing"
-    ids, mask = pad(prompts, where, rng, V)
-    ours = optjax.generate(params, ids, mask, max_new_tokens=NEW, **options)
-    assert_same_tokens(np.asarray(ours)[:, ids.shape[1] :], theirs)
-    return theirs.tokens
-
-
 @pytest.mark.parametrize("penalty", [1.3, 0.8, 5.0])
 def test_repetition_penalty(case, usual, penalty):
-    check(case, usual, repetition_penalty=penalty)
+    check_option(case, usual, repetition_penalty=penalty)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_no_repeat_ngram_size(case, usual, size):
-    check(case, usual, where="holes", no_repeat_ngram_size=size, changes=5)
+    check_option(case, usual, where="holes", no_repeat_ngram_size=size, changes=5)
 
 
 @pytest.mark.parametrize("minimum", [1, 4, NEW])
 def test_min_new_tokens(case, usual, minimum):
-    tokens = check(case, usual, min_new_tokens=minimum, changes=1)
+    tokens = check_option(case, usual, min_new_tokens=minimum, changes=1)
     assert not np.isin(tokens[:, :minimum], EOS).any()
 
 
@@ -67,13 +63,13 @@ def common_bigrams(usual: np.ndarray, count: int) -> list[list[int]]:
 def test_bad_words(case, usual):
     """Single ids, sequences of two and three, one that is an end of sequence (left out), all in one list."""
     single = [[int(i)] for i in np.bincount(usual.ravel()).argsort()[-3:]]
-    check(case, usual, bad_words_ids=single)
+    check_option(case, usual, bad_words_ids=single)
     pairs = common_bigrams(usual, 8)
     # a prompt shorter than a bad word is where we differ: see below
     case = (*case[:2], [np.concatenate([[9, 9], prompt]) for prompt in case[2]], case[3])
     usual = hf_generate(case[0], case[2], NEW, eos_token_id=EOS).tokens
     words = [*pairs, [EOS[0]], [9, *pairs[0]], *[[*pair, int(usual[0, 3])] for pair in pairs[:3]], single[0]]
-    check(case, usual, where="holes", bad_words_ids=words)
+    check_option(case, usual, where="holes", bad_words_ids=words)
 
 
 def test_bad_word_whose_prefix_is_the_whole_row(case):
@@ -93,14 +89,14 @@ def test_bad_word_whose_prefix_is_the_whole_row(case):
 
 def test_suppress_tokens(case, usual):
     common = np.bincount(usual.ravel(), minlength=V).argsort()[-6:]
-    tokens = check(case, usual, suppress_tokens=common.tolist())
+    tokens = check_option(case, usual, suppress_tokens=common.tolist())
     assert not np.isin(tokens, common[common != 1]).any()
 
 
 @pytest.mark.parametrize("eos", [[], 11, [11], [5, 11, 17, 23]], ids=str)
 def test_eos_token_id(case, usual, eos):
     """None, one, or many; the config's own, 2, is not among them and must not end a row."""
-    tokens = check(case, usual, eos_token_id=eos, changes=20)
+    tokens = check_option(case, usual, eos_token_id=eos, changes=20)
     ends = np.isin(tokens, eos).any(1).sum()
     assert ends == 0 if eos == [] else 0 < ends < ROWS
 
@@ -116,7 +112,7 @@ def test_eos_of_the_config(case):
 
 def test_all_at_once(case, usual):
     for where in ("left", "holes", "right"):
-        check(
+        check_option(
             case,
             usual,
             where=where,

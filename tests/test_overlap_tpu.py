@@ -1,19 +1,12 @@
 """Fully sharded training on TPUs that are not there: weights are gathered twice, and travel while there is work.
 
-Two layers of OPT-1.3b's width with a small vocabulary. In a process of its own, as libtpu reads the environment when
-jax is imported.
+Two layers of OPT-1.3b's width with a small vocabulary.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-
-from optjax.sharding.plan.devices import ENVIRONMENT
+from tpu_compiler import ask
 
 pytestmark = pytest.mark.tpu_compiler
 
@@ -47,11 +40,7 @@ GATHER = "sharding_constraint"
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *CHIPS], env=os.environ | ENVIRONMENT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return ask("-c", PROGRAM, *CHIPS)
 
 
 def gathers(collectives: list) -> list:

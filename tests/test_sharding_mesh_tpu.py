@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-
-from optjax.sharding.plan.devices import ENVIRONMENT
+from tpu_compiler import ask
 
 pytestmark = pytest.mark.tpu_compiler
 
@@ -37,9 +31,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return ask("-c", PROGRAM)
 
 
 @pytest.mark.parametrize("spec", ["data=2,fsdp=4,tensor=4", "fsdp=8,tensor=4"])
