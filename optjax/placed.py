@@ -26,6 +26,11 @@ def parts(placement: Placement | None, size: int, axis: str) -> int:
     return 1 if placement is None else placement.parts(size, axis)
 
 
+def in_parts(placement: Placement | None, x: jax.Array) -> jax.Array:
+    """Tokens ``[B, T, …]`` as ``[P, B/P, Q, T/Q, …]``, by the parts that rows and their lengths are split into."""
+    return x[None, :, None] if placement is None else placement.in_parts(x)
+
+
 def constrain(placement: Placement | None, x: jax.Array, *axes: str | None) -> jax.Array:
     """An activation, with the logical axis of each dimension."""
     return x if placement is None else placement.constrain(x, axes)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optjax.config import OPTConfig
 from optjax.declaration import declare
-from optjax.placed import cast, parts
+from optjax.placed import cast
 from optjax.sharding.mesh import AXES, format_mesh
 from optjax.sharding.rules import Rules, as_rules
 
@@ -63,6 +63,15 @@ class Placement:
     def parts(self, size: int, axis: str) -> int:
         """The number of parts that `fitting` splits a dimension of an activation into."""
         return math.prod(self.mesh.shape[name] for name in self._dividing(size, axis))
+
+    def in_parts(self, x: jax.Array) -> jax.Array:
+        """Tokens ``[B, T, …]`` as ``[P, B/P, Q, T/Q, …]``, by the parts that rows and their lengths are split into.
+
+        What is summed over the tokens of each part first is summed where it is.
+        """
+        b, t, *rest = x.shape
+        p, q = self.parts(b, "batch"), self.parts(t, "length")
+        return x.reshape(p, b // p, q, t // q, *rest)
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """An activation, told where to lie; see `fitting`."""
@@ -115,16 +124,6 @@ class Placement:
         return f"Placement({format_mesh(self.mesh)}; {rules})"
 
 
-def in_parts(placement: Placement | None, x: jax.Array) -> jax.Array:
-    """Tokens ``[B, T, …]`` as ``[P, B/P, Q, T/Q, …]``, by the parts that rows and their lengths are split into.
-
-    What is summed over the tokens of each part first is summed where it is.
-    """
-    b, t, *rest = x.shape
-    p, q = parts(placement, b, "batch"), parts(placement, t, "length")
-    return x.reshape(p, b // p, q, t // q, *rest)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _constrain_both(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, there)
@@ -169,7 +168,7 @@ def _take_backward(dtype, placement, axes, rows, kept, cotangent):
     def one(index, cotangent):
         return jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent)
 
-    index, cotangent = (in_parts(placement, x) for x in (index, cotangent))
+    index, cotangent = (placement.in_parts(x) for x in (index, cotangent))
     sums = jax.vmap(jax.vmap(one, in_axes=1), in_axes=0)(index, cotangent)
     return placement.total(sums, axes).astype(table.dtype), None
 

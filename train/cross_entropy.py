@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from optjax.declaration import logical_axes
 from optjax.heads import IGNORE_INDEX
 from optjax.params import Params
-from optjax.placed import cast, constrain, gather, parts
-from optjax.sharding.placement import in_parts
+from optjax.placed import cast, constrain, gather, in_parts, parts
 
 from .options import StepOptions
 
