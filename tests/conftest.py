@@ -9,8 +9,13 @@ import pytest
 # Before any test imports the libraries that read them: no telemetry, no fork warnings from the tokenizer's threads.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Eight emulated devices, for the tests of sharding; all others use the first.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight emulated devices, for the tests of sharding; all others use the first. LLVM is not to optimize: a test runs once
+# what it compiles, on small models, and compiling is most of its time. XLA's own passes are those that users get.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
