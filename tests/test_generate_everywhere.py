@@ -32,13 +32,13 @@ WAYS = {
 needs = pytest.mark.parametrize("way", WAYS)
 
 
-def generate(way: str, params, mesh=None, **more):
-    options = dict(WAYS[way], max_new_tokens=N, **more)
+def generate(way: str, params, mesh=None, prompts=(IDS, MASK)):
+    options = dict(WAYS[way], max_new_tokens=N)
     if options.get("do_sample"):
         options["key"] = jax.random.key(5)
     if "assistant_model" in options:
         options["assistant_model"] = optjax.init_params(SMALLER, jax.random.key(2), mesh=mesh)
-    return np.asarray(optjax.generate(params, IDS, MASK, **options))
+    return np.asarray(optjax.generate(params, *prompts, **options))
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,11 @@ def test_inside_jit(alone, way):
 
 @needs
 def test_in_bfloat16(way):
-    """Rounding moves few tokens, and none of the first, from those that the same weights give in float32."""
+    """Rounding moves few tokens of many prompts, of the first ones fewer still, from those of float32."""
+    many = [np.concatenate([rows] * 16) for rows in (IDS, MASK)]
+    many[0] = np.random.default_rng(1).permuted(many[0], axis=0)
     params = optjax.init_params(CONFIG, jax.random.key(1), dtype=jnp.bfloat16)
     exact = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
-    made, expected = (generate(way, each)[:, IDS.shape[1] :] for each in (params, exact))
-    assert (made[:, 0] == expected[:, 0]).all()
-    assert (made == expected).mean() > 0.8
+    made, expected = (generate(way, each, prompts=many)[:, IDS.shape[1] :] for each in (params, exact))
+    assert (made[:, 0] == expected[:, 0]).mean() > 0.85
+    assert (made == expected).mean() > 0.7
