@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import jax
@@ -98,6 +99,22 @@ def test_decode_step(rows):
     assert memory.temp_size_in_bytes < min(0.1 * buffer_size(rows) * 4, D * D * 4)
     every = computations(compiled.as_text())
     check_body(every["ENTRY"], every, rows)
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_few_rows_are_multiplied_from_the_left(rows):
+    """In every product of a weight with a few rows the weight comes first: so XLA reads it up to twice as fast."""
+    text = compile_step(rows).as_text()
+    shapes = dict(re.findall(r"(%\S+) = f32\[([\d,]*)\]", text))
+    operands = re.findall(r" dot\((?:f32\S+ )?(%[^ ,]+), (?:f32\S+ )?(%[^ ,)]+)\)", text)
+    products = [(shapes[a], shapes[b]) for a, b in operands]
+    weights = [pair for pair in products if any(shape.count(",") == 1 and D * D <= _size(shape) for shape in pair)]
+    assert len(weights) == 6 * LAYERS + 1
+    assert all(_size(left) > _size(right) for left, right in weights), weights
+
+
+def _size(shape: str) -> int:
+    return math.prod(map(int, shape.split(",")))
 
 
 SAMPLED = dict(do_sample=True, top_p=0.9, typical_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=3)
