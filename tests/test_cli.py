@@ -1,6 +1,5 @@
 """The command line: what goes to which stream, exit statuses, and that it does what the functions do."""
 
-import io
 import json
 import os
 import re
@@ -13,9 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cli_helpers import check_error, runner, write_model
 
 import optjax
-from optjax.cli import main
 from optjax.cli.arguments import COMMANDS, parse
 from optjax.cli.stop import StopBefore
 
@@ -24,50 +23,12 @@ POSITIONS = 2048
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny random model whose embedding has rows that its tokenizer lacks."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["the old house stood at the end of the road and the dog was in the road"], trainer)
-    template = processors.TemplateProcessing(single="</s> $A", pair="</s> $A $B:1", special_tokens=[("</s>", 2)])
-    backend.post_processor = template
-    folder = tmp_path_factory.mktemp("model")
-    optjax.Tokenizer(backend, bos_token="</s>", eos_token="</s>", pad_token="<pad>").save(folder)
-    config = optjax.OPTConfig(
-        vocab_size=340, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2, init_std=0.1,
-        max_position_embeddings=POSITIONS,
-    )  # fmt: skip
-    optjax.save_params(optjax.init_params(config, jax.random.key(0)), folder)
-    return folder
-
-
-class Result:
-    def __init__(self, status: int, out: str, err: str):
-        self.status, self.out, self.err = status, out, err
+    return write_model(tmp_path_factory.mktemp("model"), max_position_embeddings=POSITIONS)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a command in this process; without ``stdin`` it is as if nothing were connected to it."""
-
-    def run(*words: str | Path, stdin: bytes | None = None) -> Result:
-        words = tuple(map(str, words))
-        if words[:1] == ("generate",) and "--help" not in words:
-            words += ("--no-compile-cache",)
-        with open(os.devnull) if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)) as given:
-            monkeypatch.setattr(sys, "stdin", given)
-            status = main(words)
-        captured = capsys.readouterr()
-        return Result(status, captured.out, captured.err)
-
-    return run
+    return runner(monkeypatch, capsys)
 
 
 def spawn(*words: str | Path, cache: Path, **options) -> subprocess.Popen:
@@ -83,21 +44,14 @@ def spawn(*words: str | Path, cache: Path, **options) -> subprocess.Popen:
         signal.signal(signal.SIGINT, before)
 
 
-def check_error(result: Result, status: int, *words: str) -> None:
-    """An error of ours: its status, one line, the words in it, nothing on standard output, no traceback."""
-    lines = result.err.strip().split("\n")
-    assert result.status == status, result.err
-    assert lines[-1].startswith("optjax: error: "), result.err
-    assert result.out == "" and "Traceback" not in result.err
-    for word in words:
-        assert word in lines[-1], f"{word!r} is not in: {lines[-1]}"
-
-
 def expected_texts(model: Path, prompts: list[str], n: int, seed: int | None = None, **options) -> list[str]:
     """What `generate` continues the prompts with."""
     params, tokenizer = optjax.load(model)
     ids, mask = tokenizer(prompts)
     key = None if seed is None else jax.random.key(seed)
+    if "negative_prompt" in options:
+        negative = tokenizer([options.pop("negative_prompt")] * len(prompts))
+        options |= dict(zip(("negative_prompt_ids", "negative_prompt_attention_mask"), negative, strict=True))
     options |= {"suppress_tokens": tokenizer.unused_ids(340), "do_sample": seed is not None}
     made = optjax.generate(params, ids, mask, max_new_tokens=n, key=key, **options)
     return [tokenizer.decode(row[ids.shape[1] :]) for row in np.asarray(made)]
@@ -123,6 +77,10 @@ DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
         ),
         ("--num-beams 2 --do-sample --seed 3", {"num_beams": 2, "do_sample": True, "seed": 3, **DEFAULTS}),
         ("--penalty-alpha 0.5", {"penalty_alpha": 0.5, "top_k": 4}),
+        (
+            "--seed 9 --guidance-scale 1.5 --negative-prompt dog",
+            {"seed": 9, **DEFAULTS, "guidance_scale": 1.5, "negative_prompt": "dog"},
+        ),
     ],
 )  # fmt: skip
 def test_text_is_what_generate_gives(run, model, words, options):
@@ -136,6 +94,41 @@ def test_text_is_what_generate_gives(run, model, words, options):
     assert "the first after" not in result.err and str(model) in result.err
     searches = [name for name in ("num_beams", "penalty_alpha") if name in options]
     assert f"seed {options.get('seed')}" in result.err or (searches or ["greedy"])[0] in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (
+            "--seed 4 --epsilon-cutoff 0.001 --eta-cutoff 0.002 --encoder-repetition-penalty 1.2 "
+            "--encoder-no-repeat-ngram-size 2 --exponential-decay-length-penalty 10 1.01",
+            {"epsilon_cutoff": 0.001, "eta_cutoff": 0.002, "encoder_repetition_penalty": 1.2}
+            | {"encoder_no_repeat_ngram_size": 2, "exponential_decay_length_penalty": (10, 1.01)},
+        ),
+        ("--greedy --assistant-model {model} --num-assistant-tokens 3", {"num_assistant_tokens": 3}),
+        (
+            "--greedy --prompt-lookup-num-tokens 4 --max-matching-ngram-size 1",
+            {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
+        ),
+    ],
+)  # fmt: skip
+def test_options_reach_generate(run, model, monkeypatch, words, options):
+    """They are checked by the real `stream`, which runs nothing until its first token is asked for."""
+    real, told = optjax.stream, {}
+
+    def stream(*arguments, **options):
+        real(*arguments, **options)
+        told.update(options)
+        return iter([np.array([265])])
+
+    monkeypatch.setattr(optjax, "stream", stream)
+    result = run("generate", "--model", model, "the", "-n", 9, *words.format(model=model).split())
+    assert result.status == 0, result.err
+    assert {name: told[name] for name in options} == options
+    if "assistant" in words:
+        assert f"greedy, assistant_model {model}, num_assistant_tokens 3" in result.err
+        assistant = told["assistant_model"]
+        jax.tree.map(np.testing.assert_array_equal, assistant, optjax.load_params(model))
 
 
 def test_only_the_continuation_and_the_speed(run, model):
@@ -270,6 +263,10 @@ def test_without_a_prompt_there_is_a_sample(run):
         (["generate", "the", "--num-beams", "2", "--seed", "1"], None, 2, ["--num-beams", "--seed"]),
         (["generate", "the", "--penalty-alpha", ".5", "--num-return-sequences", "2"], None, 2, ["--penalty-alpha"]),
         (["generate", "the", "--length-penalty", "2"], None, 1, ["length_penalty", "num_beams"]),
+        (["generate", "the", "--negative-prompt", "a"], None, 2, ["--negative-prompt", "--guidance-scale"]),
+        (["generate", "the", "--num-assistant-tokens", "2"], None, 2, ["--assistant-model"]),
+        (["generate", "the", "--exponential-decay-length-penalty", "1.5", "2"], None, 2, ["whole number", "1.5"]),
+        (["generate", "the", "--prompt-lookup-num-tokens", "2", "--num-beams", "2"], None, 1, ["num_beams"]),
         (["generate", "the", "-n", "0"], None, 2, ["-n", "'0'"]),
         (["generate", "the", "--seed", "-1"], None, 2, ["--seed"]),
         (["generate", "the", "--temperature", "0"], None, 1, ["temperature", "above 0"]),
@@ -322,7 +319,7 @@ def test_help(run):
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_the_examples_of_the_help_are_possible(run, command):
     examples = re.findall(
-        r"^  .*?\boptjax ((?:generate|convert|info|plan).*)$", run(*command, "--help").out, re.MULTILINE
+        r"^  .*?\boptjax ((?:generate|score|convert|info|plan).*)$", run(*command, "--help").out, re.MULTILINE
     )
     assert len(examples) >= 2
     for example in examples:
@@ -332,7 +329,14 @@ def test_the_examples_of_the_help_are_possible(run, command):
 
 def test_help_and_published_sizes_do_without_jax():
     program = "import sys; from optjax.cli import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
-    for words in (["--help"], ["generate", "--help"], ["--version"], ["info"], ["info", "opt-175b", "--json"]):
+    for words in (
+        ["--help"],
+        ["generate", "--help"],
+        ["score", "--help"],
+        ["--version"],
+        ["info"],
+        ["info", "opt-175b", "--json"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program, *words], capture_output=True, cwd=Path(__file__).parents[1]
         )

@@ -1,4 +1,4 @@
-"""The command line `optjax`: `generate`, `convert`, `info` and `plan`.
+"""The command line `optjax`: `generate`, `score`, `convert`, `info` and `plan`.
 
 Only what was asked for goes to standard output; notes and errors go to standard error. Exit status: 0, or 1 where
 something failed, 2 where the command makes no sense, 3 where what was planned does not fit, 130 after Ctrl-C, 141 where

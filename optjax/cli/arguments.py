@@ -14,9 +14,10 @@ from optjax.cli.terminal import UsageError
 if TYPE_CHECKING:
     from optjax.quantization.quantize import Quantization
 
-COMMANDS = ("generate", "convert", "info", "plan")
+COMMANDS = ("generate", "score", "convert", "info", "plan")
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4", "nf4")
+MODEL = "opt-mini"
 
 _TEXT = """\
 OPT, Meta's open language models, in JAX. Without any download:
@@ -26,6 +27,7 @@ OPT, Meta's open language models, in JAX. Without any download:
 _EXAMPLES = """\
 examples:
   optjax generate --model facebook/opt-125m "Hello, my name is"
+  optjax score "The king sat upon his" " throne" " horse"
   optjax convert facebook/opt-1.3b opt-1.3b-bf16 --dtype bfloat16
   optjax info opt-1.3b opt-175b
   optjax plan opt-175b --topology v5p:4x4x8
@@ -45,6 +47,22 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
     return parser.parse_args(_with_dashes(words))
+
+
+def add_model(group: Any) -> None:
+    """The options of commands that run a model; `optjax.cli.models.load` reads them."""
+    add = group.add_argument
+    text = f"a folder, a file, or a hub id such as facebook/opt-125m (default: {MODEL}, which ships with optjax)"
+    add("-m", "--model", default=MODEL, metavar="SOURCE", help=text)
+    add("--tokenizer", metavar="SOURCE", help="where the tokenizer is, if not with the model")
+    add_revision(add)
+    text = "of weights and computation (default: float32 on CPU, bfloat16 on GPU and TPU)"
+    add("--dtype", choices=DTYPES, help=text)
+    add_quantize(add)
+    text = "spread the model over devices: tensor=4, or fsdp=2,tensor=4; -1 stands for all that are left (one device)"
+    add("--mesh", metavar="AXES", help=text)
+    text = "do not keep compiled programs in the user's cache folder; later runs start slower"
+    add("--no-compile-cache", dest="compile_cache", action="store_false", help=text)
 
 
 def add_revision(add: Any) -> None:

@@ -15,10 +15,8 @@ import jax
 import numpy as np
 
 import optjax
-from optjax.cli import terminal
-from optjax.cli.arguments import quantization
-from optjax.cli.compilation_cache import keep_compiled_programs
-from optjax.cli.generate import MODEL, TOKENS, describe_sampling
+from optjax.cli import models, terminal
+from optjax.cli.generate import TOKENS, describe_choosing
 from optjax.cli.stop import StopBefore
 
 
@@ -55,45 +53,23 @@ class Continuation:
 
     def __init__(self, arguments: argparse.Namespace, options: dict[str, Any]):
         self.arguments = arguments
-        if arguments.compile_cache:
-            keep_compiled_programs()
-        dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        # The tokenizer first: it is soon there, and where it is not, nobody waits for the weights.
-        self.tokenizer = optjax.Tokenizer.load(arguments.tokenizer or arguments.model, revision=arguments.revision)
-        mesh = None
-        if arguments.mesh is not None:
-            from optjax.sharding import make_mesh
-
-            mesh = make_mesh(arguments.mesh)
-        progress = False if arguments.quiet else None
-        self.params = optjax.load_params(
-            arguments.model,
-            dtype,
-            "causal_lm",
-            mesh,
-            revision=arguments.revision,
-            progress=progress,
-            quantization=quantization(arguments),
-        )
-        self.config = self.params.config
+        model = models.load(arguments)
+        self.params, self.tokenizer, self.config = model.params, model.tokenizer, model.params.config
         self.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
         # Rows of the embedding that the tokenizer cannot decode must not come (transformers issue 18268).
         self.options: dict[str, Any] = options | {"suppress_tokens": self.tokenizer.unused_ids(self.config.vocab_size)}
         if "stop_strings" in options:
             self.options["tokenizer"] = self.tokenizer
+        self.shortest, self.positions = arguments.model, self.config.max_position_embeddings
+        if model.assistant is not None:
+            self.options["assistant_model"] = model.assistant
+            # It reads all that the model reads.
+            if model.assistant.config.max_position_embeddings < self.positions:
+                self.shortest = arguments.assistant_model
+                self.positions = model.assistant.config.max_position_embeddings
         self.stats = Stats()
         if not arguments.quiet:
-            terminal.note(self._title(dtype))
-
-    def _title(self, dtype: str) -> str:
-        name = self.arguments.model
-        size = f"{optjax.count_params(self.config) / 1e6:,.1f}M parameters, {dtype} on {jax.default_backend()}"
-        if self.params.quantization is not None:
-            size = size.replace(f", {dtype}", f", {self.params.quantization.kind} for {dtype}")
-        if self.arguments.mesh is not None:
-            size += f", {self.arguments.mesh}"
-        other = "; it ships with optjax, --model takes others" if name == MODEL else ""
-        return f"{name}: {size}{other}\n{describe_sampling(self.options, self.seed)}"
+            terminal.note(f"{model.title}\n{describe_choosing(arguments, self.options, self.seed)}")
 
     def write(self, prompts: list[str]) -> None:
         """Prints the continuations of all prompts, batch after batch."""
@@ -117,6 +93,9 @@ class Continuation:
         """The new tokens of all rows, step by step; of beams when all are there, as the best may change until then."""
         ids, mask = self.tokenizer(prompts)
         options: dict[str, Any] = {"max_new_tokens": tokens, "key": key, **self.options}
+        if self.arguments.negative_prompt is not None:
+            other = self.tokenizer([self.arguments.negative_prompt] * len(prompts))
+            options["negative_prompt_ids"], options["negative_prompt_attention_mask"] = other
         if self.options.get("num_beams", 1) == 1:
             return optjax.stream(self.params, ids, mask, **options)
         return iter(np.asarray(optjax.generate(self.params, ids, mask, **options))[:, ids.shape[1] :].T)
@@ -128,13 +107,13 @@ class Continuation:
           ValueError: a prompt leaves no room, or less than was asked for.
         """
         lengths = [len(self.tokenizer.encode(prompt)) for prompt in prompts]
-        longest, limit, asked = max(lengths), self.config.max_position_embeddings, self.arguments.max_new_tokens
+        longest, limit, asked = max(lengths), self.positions, self.arguments.max_new_tokens
         if longest + (asked or 1) > limit:
             text = prompts[lengths.index(longest)]
             text = repr(text if len(text) < 40 else text[:40] + "…")
             advice = f"ask for --max-new-tokens {limit - longest} or less" if longest < limit else "shorten the prompt"
             raise ValueError(
-                f"{self.arguments.model} has {limit} positions, and the prompt {text} of {longest} tokens with "
+                f"{self.shortest} has {limit} positions, and the prompt {text} of {longest} tokens with "
                 f"{asked or 1} new ones needs {longest + (asked or 1)}; {advice}"
             )
         return asked or min(TOKENS, limit - longest)

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from optjax.cli.arguments import DTYPES, add_quantize, add_revision, count, quantization, seed
+from optjax.cli.arguments import add_model, count, quantization, seed
 from optjax.cli.terminal import UsageError
 
 SUMMARY = "continue a prompt"
@@ -26,6 +26,9 @@ examples:
   optjax generate --model ./my-checkpoint --num-return-sequences 3 "Dear Sir,"
   optjax generate --num-beams 4 --no-repeat-ngram-size 3 "The old house"
   optjax generate --penalty-alpha 0.6 --top-k 4 "The old house"
+  optjax generate --model facebook/opt-6.7b --assistant-model facebook/opt-125m "The sea"
+  optjax generate --prompt-lookup-num-tokens 8 --file chapters.txt
+  optjax generate --guidance-scale 1.5 --negative-prompt "It was a merry day" "It was"
   optjax generate --model facebook/opt-30b --mesh tensor=8 "The sea"
   optjax generate --stop "\\n\\n" "Question: why is the sea salt?\\nAnswer:"
   optjax generate --model facebook/opt-6.7b --quantize int8 "The sea"
@@ -35,12 +38,24 @@ examples:
 A prompt starts with the model's BOS token, which the tokenizer adds. With several
 texts each is printed after a line "==> 1 of 3 <==" once all of its batch are done.
 """
-MODEL = "opt-mini"
 TOKENS = 200
 # Sharper than the model's own distribution, which rambles; transformers' default for top_k.
 SAMPLING: dict[str, float | int] = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
-_ONLY_SAMPLING = (*SAMPLING, "min_p", "typical_p", "seed")
+_MORE_SAMPLING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_ONLY_SAMPLING = (*SAMPLING, *_MORE_SAMPLING, "seed")
 _SEARCHING = ("num_beams", "length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty", "penalty_alpha")
+_GUESSING = ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size")
+_OTHERS = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "min_new_tokens",
+    "num_return_sequences",
+    "guidance_scale",
+    *_GUESSING,
+)
 # Of contrastive search, as its authors have it.
 CANDIDATES = 4
 
@@ -50,24 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "the text to continue, in quotes; by default standard input, if piped"
     add("prompt", nargs="*", metavar="PROMPT", help=text)
     add("-f", "--file", metavar="FILE", help="a file of prompts, one a line; - for standard input")
-    _add_model(parser.add_argument_group("model"))
+    add_model(parser.add_argument_group("model"))
     _add_length(parser.add_argument_group("length"))
     _add_choosing(parser.add_argument_group("choosing tokens", "Names and meanings are those of transformers."))
     _add_searching(parser.add_argument_group("searching", "Looks further than the next token, and draws nothing."))
+    text = "What is guessed is checked in one pass of the model: the same texts, in fewer passes."
+    _add_guessing(parser.add_argument_group("guessing ahead", text))
+    _add_guidance(parser.add_argument_group("guidance", "Away from what would follow another text."))
     _add_output(parser.add_argument_group("output"))
-
-
-def _add_model(group: Any) -> None:
-    add = group.add_argument
-    text = f"a folder, a file, or a hub id such as facebook/opt-125m (default: {MODEL}, which ships with optjax)"
-    add("-m", "--model", default=MODEL, metavar="SOURCE", help=text)
-    add("--tokenizer", metavar="SOURCE", help="where the tokenizer is, if not with the model")
-    add_revision(add)
-    text = "of weights and computation (default: float32 on CPU, bfloat16 on GPU and TPU)"
-    add("--dtype", choices=DTYPES, help=text)
-    add_quantize(add)
-    text = "spread the model over devices: tensor=4, or fsdp=2,tensor=4; -1 stands for all that are left (one device)"
-    add("--mesh", metavar="AXES", help=text)
 
 
 def _add_length(group: Any) -> None:
@@ -75,6 +80,8 @@ def _add_length(group: Any) -> None:
     text = f"most tokens to add (default: {TOKENS}, or what the model has room for)"
     add("-n", "--max-new-tokens", type=count, metavar="N", help=text)
     add("--min-new-tokens", type=int, default=0, metavar="N", help="no end before this many")
+    text = "after START tokens the end becomes more probable, the faster the more FACTOR is above 1"
+    add("--exponential-decay-length-penalty", type=float, nargs=2, metavar=("START", "FACTOR"), help=text)
     text = r"end a text before TEXT; may be given several times (\n, \t and \\ stand for what they do in C)"
     add("--stop", action="append", type=_unescaped, metavar="TEXT", help=text)
     add = group.add_mutually_exclusive_group().add_argument
@@ -97,8 +104,13 @@ def _add_choosing(group: Any) -> None:
     add("--top-p", type=float, metavar="P", help=text)
     add("--min-p", type=float, metavar="P", help="leave out what is less probable than P times the most probable")
     add("--typical-p", type=float, metavar="P", help="among the locally typical with mass P")
+    add("--epsilon-cutoff", type=float, metavar="P", help="leave out what is less probable than P, such as 0.0005")
+    text = "the same, but leave out less where many tokens are about as probable (eta sampling)"
+    add("--eta-cutoff", type=float, metavar="P", help=text)
     add("--repetition-penalty", type=float, metavar="X", help="above 1: less of what was said already")
     add("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row come twice")
+    add("--encoder-repetition-penalty", type=float, metavar="X", help="above 1: more of what the prompt says")
+    add("--encoder-no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row of the prompt come again")
     add("--num-return-sequences", type=count, default=1, metavar="N", help="texts for each prompt")
 
 
@@ -119,6 +131,25 @@ def _add_searching(group: Any) -> None:
     add("--penalty-alpha", type=float, metavar="X", help=text)
 
 
+def _add_guessing(group: Any) -> None:
+    add = group.add_argument
+    text = "a smaller model with the same tokenizer guesses (speculative decoding): a folder, a file, or a hub id"
+    add("--assistant-model", metavar="SOURCE", help=text)
+    add("--num-assistant-tokens", type=count, metavar="N", help="tokens that it guesses at a time (default: 5)")
+    text = "guess N tokens by what followed the last words before, for texts that repeat parts of their prompts"
+    add("--prompt-lookup-num-tokens", type=count, metavar="N", help=text)
+    text = "how many tokens back these words go at most (default: 2)"
+    add("--max-matching-ngram-size", type=count, metavar="N", help=text)
+
+
+def _add_guidance(group: Any) -> None:
+    add = group.add_argument
+    text = "how far away: 1 is not at all, 1.5 a usual value; takes twice the work"
+    add("--guidance-scale", type=float, metavar="X", help=text)
+    text = "the other text (default: the prompt's last token alone, so that the prompt is kept to more closely)"
+    add("--negative-prompt", metavar="TEXT", help=text)
+
+
 def _add_output(group: Any) -> None:
     add = group.add_argument
     add("--no-echo", dest="echo", action="store_false", help="print only what is new, without the prompt")
@@ -131,8 +162,6 @@ def _add_output(group: Any) -> None:
     told = group.add_mutually_exclusive_group()
     told.add_argument("--stats", action="store_true", help="speed on standard error also where that is no terminal")
     told.add_argument("-q", "--quiet", action="store_true", help="nothing on standard error but errors")
-    text = "do not keep compiled programs in the user's cache folder; later runs start slower"
-    add("--no-compile-cache", dest="compile_cache", action="store_false", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -163,7 +192,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         options["early_stopping"] = {"true": True, "false": False}.get(options["early_stopping"], "never")
     if sampling:
         options |= {name: SAMPLING[name] if given[name] is None else given[name] for name in SAMPLING}
-        options |= {name: given[name] for name in ("min_p", "typical_p") if given[name] is not None}
+        options |= {name: given[name] for name in _MORE_SAMPLING if given[name] is not None}
     else:
         contrastive = "penalty_alpha" in searching
         idle = [name for name in _ONLY_SAMPLING if given[name] is not None and not (contrastive and name == "top_k")]
@@ -175,8 +204,13 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"{how} has one answer: --num-return-sequences needs sampling or beams")
         if contrastive:
             options["top_k"] = CANDIDATES if arguments.top_k is None else arguments.top_k
-    others = ("repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "min_new_tokens")
-    options |= {name: given[name] for name in others if given[name] is not None}
+    options |= {name: given[name] for name in _OTHERS if given[name] is not None}
+    if arguments.exponential_decay_length_penalty is not None:
+        start, factor = arguments.exponential_decay_length_penalty
+        if start != int(start):
+            raise UsageError(f"--exponential-decay-length-penalty begins after a whole number of tokens, not {start:g}")
+        options["exponential_decay_length_penalty"] = int(start), factor
+    _check_pairs(arguments)
     if not arguments.stop_at_eos:
         options["eos_token_id"] = []
     if arguments.stop:
@@ -192,11 +226,33 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: known[match[1]], text)
 
 
-def describe_sampling(options: dict[str, Any], seed: int) -> str:
+def _check_pairs(arguments: argparse.Namespace) -> None:
+    """Options that are of no use without another one.
+
+    Raises:
+      UsageError: such a one stands alone.
+    """
+    given = vars(arguments)
+    for name, needed in (
+        ("num_assistant_tokens", "assistant_model"),
+        ("max_matching_ngram_size", "prompt_lookup_num_tokens"),
+        ("negative_prompt", "guidance_scale"),
+    ):
+        if given[name] is not None and given[needed] is None:
+            name, needed = (f"--{each.replace('_', '-')}" for each in (name, needed))
+            raise UsageError(f"{name} is of no use without {needed}; give both or neither")
+
+
+def describe_choosing(arguments: argparse.Namespace, options: dict[str, Any], seed: int) -> str:
     """The options that made a text, in words: what it takes to make it again."""
     searching = [f"{name} {options[name]}" for name in (*_SEARCHING, "top_k") if name in options]
-    if not options["do_sample"]:
-        return ", ".join(searching) or "greedy"
-    names = [name for name in (*SAMPLING, "min_p", "typical_p") if name in options]
-    beams = [each for each in searching if not each.startswith("top_k")]
-    return ", ".join([f"seed {seed}", *beams, *(f"{name} {options[name]:g}" for name in names)])
+    if options["do_sample"]:
+        names = [name for name in (*SAMPLING, *_MORE_SAMPLING) if name in options]
+        beams = [each for each in searching if not each.startswith("top_k")]
+        words = [f"seed {seed}", *beams, *(f"{name} {options[name]:g}" for name in names)]
+    else:
+        words = searching or ["greedy"]
+    if arguments.assistant_model is not None:
+        words.append(f"assistant_model {arguments.assistant_model}")
+    words += [f"{name} {options[name]:g}" for name in ("guidance_scale", *_GUESSING) if name in options]
+    return ", ".join(words)

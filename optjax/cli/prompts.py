@@ -1,4 +1,4 @@
-"""Which texts to continue: an argument, a file, or what is piped in."""
+"""Which texts to continue or to score: an argument, a file, or what is piped in."""
 
 from __future__ import annotations
 
@@ -31,13 +31,7 @@ def read_prompts(words: Sequence[str], file: str | None, *, quiet: bool = False)
     if words:
         return list(words)
     if file is not None:
-        name = "standard input" if file == "-" else file
-        data = _read_stdin() if file == "-" else Path(file).expanduser().read_bytes()
-        # Not splitlines, which also splits at characters that may stand within a text.
-        prompts = [line.removesuffix("\r") for line in _decode(data, name).split("\n") if line.strip()]
-        if not prompts:
-            raise UsageError(f"{name} holds no prompt: one is expected on each line")
-        return prompts
+        return read_lines(file, "prompt")
     if _something_is_piped():
         prompt = _decode(_read_stdin(), "standard input").rstrip("\r\n")
         if not prompt:
@@ -46,6 +40,29 @@ def read_prompts(words: Sequence[str], file: str | None, *, quiet: bool = False)
     if not quiet:
         note("no prompt is given: here is a sample one")
     return [SAMPLE]
+
+
+def read_lines(file: str, what: str) -> list[str]:
+    """The lines of a file, or of standard input (``-``), that are not empty, at least one.
+
+    Raises:
+      UsageError: there is none; ``what`` says what was expected.
+      ValueError, OSError: as `read_prompts`.
+    """
+    # Not splitlines, which also splits at characters that may stand within a text.
+    lines = [line.removesuffix("\r") for line in read_whole(file).split("\n") if line.strip()]
+    if not lines:
+        raise UsageError(f"{name_of(file)} holds no {what}: one is expected on each line")
+    return lines
+
+
+def read_whole(file: str) -> str:
+    """The text of a file, or of standard input (``-``), less a byte order mark."""
+    return _decode(_read_stdin() if file == "-" else Path(file).expanduser().read_bytes(), name_of(file))
+
+
+def name_of(file: str) -> str:
+    return "standard input" if file == "-" else file
 
 
 def _something_is_piped() -> bool:

@@ -1,0 +1,65 @@
+"""The model that a command runs, loaded as its arguments say."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import jax
+
+import optjax
+from optjax.cli.arguments import MODEL, quantization
+from optjax.cli.compilation_cache import keep_compiled_programs
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its tokenizer; ``assistant`` is a smaller one that guesses for it, if asked for."""
+
+    params: optjax.Params
+    tokenizer: optjax.Tokenizer
+    title: str
+    assistant: optjax.Params | None = None
+
+
+def load(arguments: argparse.Namespace) -> Model:
+    """What `add_model` asks for, with the language model's head; and ``--assistant-model``, where a command has it.
+
+    Raises:
+      ValueError, FileNotFoundError: as `optjax.load_params`, `optjax.Tokenizer.load` and `make_mesh`.
+    """
+    if arguments.compile_cache:
+        keep_compiled_programs()
+    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    # The tokenizer first: it is soon there, and where it is not, nobody waits for the weights.
+    tokenizer = optjax.Tokenizer.load(arguments.tokenizer or arguments.model, revision=arguments.revision)
+    mesh = None
+    if arguments.mesh is not None:
+        from optjax.sharding import make_mesh
+
+        mesh = make_mesh(arguments.mesh)
+    progress = False if arguments.quiet else None
+    params = optjax.load_params(
+        arguments.model,
+        dtype,
+        "causal_lm",
+        mesh,
+        revision=arguments.revision,
+        progress=progress,
+        quantization=quantization(arguments),
+    )
+    source = getattr(arguments, "assistant_model", None)
+    assistant = None
+    if source is not None:
+        assistant = optjax.load_params(source, dtype, "causal_lm", mesh, progress=progress)
+    return Model(params, tokenizer, _title(arguments, params, dtype), assistant)
+
+
+def _title(arguments: argparse.Namespace, params: optjax.Params, dtype: str) -> str:
+    size = f"{optjax.count_params(params.config) / 1e6:,.1f}M parameters, {dtype} on {jax.default_backend()}"
+    if params.quantization is not None:
+        size = size.replace(f", {dtype}", f", {params.quantization.kind} for {dtype}")
+    if arguments.mesh is not None:
+        size += f", {arguments.mesh}"
+    other = "; it ships with optjax, --model takes others" if arguments.model == MODEL else ""
+    return f"{arguments.model}: {size}{other}"
