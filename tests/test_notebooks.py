@@ -74,6 +74,18 @@ def test_plan_and_shard_runs(tmp_path):
     assert "8 devices of cpu" in said and "the same on one device: True" in said
 
 
+def test_decoding_runs(tmp_path):
+    """It holds itself to its claims: guessed texts are the greedy ones."""
+    cells = execute(COLAB / "decoding.ipynb", tmp_path)
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4
+    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    passes = dict(re.findall(r"^([\w ,]+): log p .* (\d+) passes$", said, re.MULTILINE))
+    assert int(passes["prompt lookup"]) < int(passes["greedy"]) == 40 and len(passes) == 7
+
+
 def test_generate_runs(tmp_path):
     cells = execute(COLAB / "generate.ipynb", tmp_path)
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
