@@ -12,12 +12,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
     "optjax": "optjax",
+    "optjax-int8": "optjax, int8",
     "torch": "transformers, torch",
     "flax": "FlaxOPT.generate",
     "flax-jit": "FlaxOPT in a jax.jit",
     "ctranslate2": "CTranslate2",
+    "ctranslate2-int8": "CTranslate2, int8",
 }
 COLUMNS = (
     "",
@@ -43,6 +46,12 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def available_memory() -> int:
+    """Bytes that programs can have without swapping."""
+    found = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")), "0")
+    return int(found) * 1024
 
 
 def _lines(path: str) -> list[str]:
@@ -74,11 +83,19 @@ def show(outcome: Outcome) -> None:
 def markdown(outcome: Outcome) -> str:
     given = outcome.arguments
     options = f"--sizes {' '.join(given['sizes'])} --batches {' '.join(map(str, given['batches']))}"
+    how = "greedy" if given["beams"] == 1 else f"the best of {given['beams']} beams"
     if given["beams"] > 1:
         options += f" --beams {given['beams']}"
+    if given.get("guess", "none") != "none":
+        options += f" --guess {given['guess']}"
+        who = "prompt lookup" if given["guess"] == "lookup" else "an assistant of two thin layers"
+        how += f", tokens guessed by {who}, where every guess is right"
+    options += " --int8" if given.get("int8") else ""
+    options += " --in-turn" if given.get("in_turn") else ""
     if given["rounds"]:
         options += f" --rounds {given['rounds']}"
-    how = "greedy" if given["beams"] == 1 else f"the best of {given['beams']} beams"
+    precision = "float32, or int8 where it is named" if given.get("int8") else "float32"
+    turns = " One side's process at a time." if given.get("in_turn") else ""
     lines = [
         "# Decoding on a CPU",
         "",
@@ -87,8 +104,9 @@ def markdown(outcome: Outcome) -> str:
         "",
         _setting(outcome),
         "",
-        f"Random weights in float32, {how}, every token made. Medians of the rounds. *All*: from the prompt to the "
-        "last token, in a second or later call. *Of the limit*: the decoding speed beside what memory allows, weights "
+        f"Random weights in {precision}, {how}, every token made. Medians of the rounds.{turns} "
+        "*All*: from the prompt to the last token, in a second or later call. *Of the limit*: the decoding speed "
+        "beside what memory allows, weights "
         "and cache read once a step at the speed of a plain streaming read. *optjax*: how many times as fast optjax "
         "is. *Peak*: memory resident at most, of the whole process, in the measured calls. *First call*: of all "
         "tokens, compilation included. *FlaxOPT.generate* traces and compiles its loop at every call; in a `jax.jit` "
@@ -113,8 +131,8 @@ def _setting(outcome: Outcome) -> str:
 def _tables(outcome: Outcome) -> Iterator[tuple[str, list[list[str]]]]:
     for (size, batch), group in groupby(outcome.results, key=lambda r: (r["size"], r["batch"])):
         results = list(group)
-        base = next((r for r in results if r["side"] == "optjax"), results[0])
-        limit = results[0]["limit"]
+        base = next((r for r in results if r["side"].startswith("optjax")), results[0])
+        limit = base["limit"]
         title = f"OPT-{size}, batch {batch}: memory allows {limit:.0f} tokens/s, {1e3 * batch / limit:.1f} ms a step"
         yield title, [_row(result, base) for result in results]
 

@@ -1,7 +1,8 @@
 """A side in a process of its own, driven over pipes: one JSON object a line in, one out.
 
-`Worker` is the driver's end; `python -m bench.worker SIDE THREADS` the other. One process a side keeps memory peaks
-apart, and keeping all of them alive lets the driver ask them in turn, so that they share the machine's moods.
+`Worker` is the driver's end; `python -m bench.worker SIDE OPTIONS`, these as JSON, the other. One process a side keeps
+memory peaks apart, and keeping all of them alive lets the driver ask them in turn, so that they share the machine's
+moods.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Worker:
-    def __init__(self, side: str, threads: int, log: Path):
-        """What the side prints goes to ``log``."""
+    def __init__(self, side: str, options: dict[str, Any], log: Path):
+        """What the side prints goes to ``log``; the options are those of `bench.sides.limit` and of its ``load``."""
         self.side = side
         self._log = log
-        command = [sys.executable, "-m", "bench.worker", side, str(threads)]
+        command = [sys.executable, "-m", "bench.worker", side, json.dumps(options)]
         with open(log, "w") as file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, cwd=ROOT
@@ -58,39 +59,47 @@ class Worker:
 
 
 def main() -> None:
-    name, threads = sys.argv[1], int(sys.argv[2])
+    name, options = sys.argv[1], json.loads(sys.argv[2])
     # What libraries print must not meet the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from bench.sides import SIDES, limit_threads
+    from bench.sides import SIDES, limit
 
-    limit_threads(threads)
-    side = SIDES[name]()
+    limit(options)
+    if name.startswith("attention:"):
+        from bench.attention_sides import side as attention_side
+
+        side: Any = attention_side(name.removeprefix("attention:"))
+    else:
+        side = SIDES[name]()
     for line in sys.stdin:
         try:
-            answer = respond(side, threads, json.loads(line))
+            answer = respond(side, options, json.loads(line))
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def respond(side: Any, threads: int, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to ``{"load": folder}`` or ``{"ids": prompts, "new": how many, "beams": in a search,
-    "reset": of the memory's peak}``."""
+def respond(side: Any, options: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to ``{"load": folder}``, or ``{"ids": prompts, "new": how many, "how": the strategy}``, each perhaps
+    with ``"reset"`` of the memory's peak; or ``{"shape": of queries, …}``, for attention alone."""
     import numpy as np
 
     if request.get("reset"):
-        reset_peak()
+        getattr(side, "reset_peak", reset_peak)()
+    peak_of = getattr(side, "peak_bytes", peak_bytes)
     start = time.perf_counter()
     if "load" in request:
-        side.load(Path(request["load"]), threads)
-        return {"seconds": time.perf_counter() - start, "peak": peak_bytes(), "version": side.version()}
+        side.load(Path(request["load"]), options)
+        return {"seconds": time.perf_counter() - start, "peak": peak_of(), "version": side.version()}
+    if "shape" in request:
+        return side.attend(**request)
     ids = np.asarray(request["ids"])
     start = time.perf_counter()
-    out = side.generate(ids, request["new"], request.get("beams", 1))
+    out = side.generate(ids, request["new"], **request.get("how", {}))
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": peak_bytes(), "ids": np.asarray(out).tolist()}
+    return {"seconds": seconds, "peak": peak_of(), "ids": np.asarray(out).tolist()}
 
 
 def reset_peak() -> None:

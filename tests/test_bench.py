@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from bench import report
+import optjax
+from bench import attention_gpu, attention_sides, decode_gpu, gpu, prepare, report, sides
 from bench.decode_cpu import Result
 
 
@@ -18,20 +22,107 @@ def _run(repository, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_decode_cpu_compares_the_same_tokens(repository, tmp_path, beams):
+@pytest.mark.parametrize(
+    ("strategy", "batch", "who"),
+    [
+        ("--guess lookup --new 12", 1, ["optjax", "torch"]),
+        ("--batches 2 --beams 3 --int8 --in-turn", 2, ["optjax", "optjax-int8", "torch"]),
+    ],
+)
+def test_decode_cpu_compares_the_same_tokens(repository, tmp_path, strategy, batch, who):
+    """Guessed, and by beams in one process after the other; int8 may choose another token of a random model."""
     file = tmp_path / "figures.json"
-    options = "--sizes tiny --batches 2 --prompt 8 --new 4 --rounds 1 --threads 1 --sides optjax torch".split()
-    options += ["--beams", beams]
-    printed = _run(repository, "bench.decode_cpu", *options, "--json", file)
-    assert "OPT-tiny, batch 2" in printed
-    figures = json.loads(file.read_text())
-    ours, theirs = figures["results"]
-    assert (ours["side"], theirs["side"]) == ("optjax", "torch")
-    assert theirs["same_tokens"] == 1
-    for result in (ours, theirs):
+    options = "--sizes tiny --prompt 8 --new 4 --rounds 1 --threads 1".split() + strategy.split()
+    printed = _run(repository, "bench.decode_cpu", *options, "--sides", *who, "--json", file)
+    assert f"OPT-tiny, batch {batch}" in printed
+    results = json.loads(file.read_text())["results"]
+    assert [r["side"] for r in results] == who
+    assert all(r["same_tokens"] == 1 for r in results if "int8" not in r["side"])
+    for result in results:
         assert len(result["one_token"]) == len(result["all_tokens"]) == 1
         assert result["peak"] > 20e6 and result["limit"] > 0
+
+
+def test_every_guess_is_right(tmp_path):
+    """So that guessing is shown at its best: of transformers, too, a pass of the model gives `GUESSES` and one more."""
+    prepare.write(tmp_path / "hf", prepare.SIZES["tiny"], "float32", repeats=True)
+    prepare.write(tmp_path / "assistant", prepare.ASSISTANT | {"vocab_size": 512}, "float32", repeats=True)
+    ids = np.arange(5, 21)[None]
+    ours, theirs = sides.Optjax(), sides.Torch()
+    for side in (ours, theirs):
+        side.load(tmp_path, {"threads": torch.get_num_threads()})
+    passes = []
+    theirs.model.register_forward_hook(lambda *_: passes.append(1))
+    for guess in ("lookup", "assistant"):
+        new = ours.generate(ids, 31, guess=guess)
+        assert (new == 20).all() and (theirs.generate(ids, 31, guess=guess) == 20).all()
+    told = {"assistant_model": ours.assistant, "num_assistant_tokens": sides.GUESSES}
+    out = optjax.generate(ours.params, ids, max_new_tokens=31, return_dict_in_generate=True, **told)
+    assert out.passes == 6 and 2 * 6 <= len(passes) <= 2 * 8
+
+
+def test_decode_gpu_runs_dry(repository, tmp_path):
+    """On a CPU all is run but the GPU, and float32 sides make the same tokens."""
+    options = "--device cpu --dtype float32 --sizes tiny --lengths 8 16 --batches 2 --new 3 --rounds 1 --threads 1"
+    who = "--sides torch-eager torch-flash optjax-gpu"
+    out = ["--save", "--out", tmp_path, "--json", tmp_path / "figures.json"]
+    _run(repository, "bench.decode_gpu", *options.split(), *who.split(), *out)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(r["side"], r["length"]) for r in figures] == [
+        (side, length) for length in (8, 16) for side in ("torch-eager", "optjax-gpu")
+    ]
+    assert all(r["same_tokens"] == 1 and r["peak"] > 20e6 and len(r["all_tokens"]) == 1 for r in figures)
+    page = (tmp_path / "decode_gpu.md").read_text()
+    # Two ratios of a side in each cell, or what says that noise was larger.
+    assert page.count("×") + page.count("| – | ") >= 4 and "dry run" in page and "optjax: prefill" in page
+    assert (tmp_path / "decode_gpu_tiny.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_attention_gpu_runs_dry(repository, tmp_path):
+    options = "--device cpu --dtype float32 --shapes tiny --lengths 16 32 --tokens 64 --calls 1 --rounds 1 --threads 1"
+    who = "--sides torch-sdpa jax-cudnn optjax-plain"
+    out = ["--save", "--out", tmp_path, "--json", tmp_path / "figures.json"]
+    _run(repository, "bench.attention_gpu", *options.split(), *who.split(), *out)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures) == 2 * 2 * 2 and {r["batch"] for r in figures} == {2, 4}
+    assert all(r["difference"] < 1e-5 and r["seconds"][0] > 0 for r in figures)
+    assert (tmp_path / "attention_gpu.md").is_file() and (tmp_path / "attention_gpu_tiny.png").is_file()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attentions_are_the_same(backward):
+    """Outputs or gradients of all sides that a CPU can run, to float32's rounding."""
+    samples = {}
+    for name in ("torch-eager", "torch-sdpa", "optjax-plain", "optjax-blocks"):
+        side = attention_sides.side(name)
+        side.load(Path(), {"device": "cpu", "threads": torch.get_num_threads(), "dtype": "float32"})
+        samples[name] = side.attend([2, 24, 4, 16], backward, 1, True)["sample"]
+    differences = [attention_gpu.difference(each, samples["torch-eager"]) for each in samples.values()]
+    assert differences[0] == 0 and all(0 < each < 1e-5 for each in differences[1:])
+
+
+def test_gpu_programs_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    for program in (decode_gpu, attention_gpu):
+        monkeypatch.setattr("sys.argv", ["program"])
+        with pytest.raises(SystemExit) as exit:
+            program.main()
+        assert exit.value.code == 2 and "there is no GPU here" in capsys.readouterr().err
+
+
+def test_a_side_without_memory_is_a_result(tmp_path):
+    """And what made other tokens is an error."""
+    row = {side: decode_gpu.Result("tiny", 1, 8, side, 3) for side in ("torch-eager", "torch-sdpa", "optjax-gpu")}
+    row["torch-eager"].failed = gpu.FULL
+    for side, seconds in (("torch-sdpa", 4.0), ("optjax-gpu", 2.0)):
+        row[side].one_token, row[side].all_tokens = [seconds], [2 * seconds]
+    assert decode_gpu._cells(row["torch-eager"], list(row.values()))[2] == "out of memory"
+    assert decode_gpu._cells(row["torch-sdpa"], list(row.values()))[3:6:2] == ["2.00×", "2.00×"]
+    decode_gpu.draw(tmp_path / "p.png", list(row.values()), "a device")
+    decode_gpu.compare(row, {"torch-sdpa": [[1, 2, 3]], "optjax-gpu": [[1, 2, 4]]})
+    assert row["optjax-gpu"].same_tokens == pytest.approx(2 / 3)
+    with pytest.raises(RuntimeError, match="0% of the first tokens"):
+        decode_gpu.compare(row, {"torch-sdpa": [[1, 2, 3]], "optjax-gpu": [[2, 2, 3]]})
 
 
 def test_a_ratio_says_how_many_times_as_fast_optjax_is():

@@ -122,9 +122,13 @@ def private_uses(text: str) -> list[str]:
 PUBLIC = ("optjax", "optjax.sharding", "optjax.sharding.plan", "optjax.train")
 
 
+# Attention alone is no public function, and is measured alone all the same.
+INNER = {"bench/attentions.py"}
+
+
 @pytest.mark.parametrize(("path", "text"), [pytest.param(*program, id=program[0]) for program in programs()])
 def test_programs_use_the_public_api(path: str, text: str):
-    assert private_uses(text) == [], f"{path} uses what is not in __all__"
+    assert (private_uses(text) == []) != (path in INNER), f"{path} uses what is not in __all__, or no longer does"
 
 
 def test_private_uses_are_seen():

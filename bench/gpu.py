@@ -1,0 +1,161 @@
+"""What `bench.decode_gpu` and `bench.attention_gpu` share: options, the device, failures, tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import report
+
+FULL = "out of memory"
+Panels = dict[str, dict[str, list[tuple[float, float]]]]
+
+
+def add_options(parser: argparse.ArgumentParser, sides: Sequence[str], dtypes: Sequence[str]) -> None:
+    add = parser.add_argument
+    add("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: a dry run of the program, for tiny shapes")
+    add("--dtype", choices=dtypes, default="bfloat16")
+    add("--sides", nargs="+", choices=list(sides), default=list(sides))
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=2, help="of a dry run")
+    add("--save", action="store_true", help="also write tables and pictures to --out")
+    add("--out", type=Path, default=report.RESULTS, help="a folder (default: bench/results)")
+    add("--json", type=Path, metavar="FILE", help="also write every figure")
+
+
+def name_of_device(parser: argparse.ArgumentParser, device: str) -> str:
+    """The GPU and its driver; ends the program where there is none."""
+    if device == "cpu":
+        return "A dry run on a CPU, whose times say nothing of a GPU"
+    advice = "--device cpu makes a dry run, for tiny shapes"
+    if shutil.which("nvidia-smi") is None:
+        parser.error(f"there is no GPU here: nvidia-smi is not installed; {advice}")
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True)
+    if found.returncode or not found.stdout.strip():
+        parser.error(
+            f"there is no GPU here: {(found.stderr or found.stdout).strip() or 'nvidia-smi is silent'}; {advice}"
+        )
+    name, memory, driver = (part.strip() for part in found.stdout.splitlines()[0].split(","))
+    return f"{name}, {memory}, driver {driver}"
+
+
+def present(names: dict[str, str], sides: Sequence[str], device: str) -> list[str]:
+    """The sides that can take part; says why the others cannot. ``names`` are what to call them."""
+    here = []
+    for side in sides:
+        needs = ["jax"] if side.startswith(("optjax", "jax")) else ["torch", "transformers"]
+        needs += ["flash_attn"] if side == "torch-flash" else []
+        absent = [name for name in needs if importlib.util.find_spec(name) is None]
+        if device == "cpu" and side in ("torch-flash", "jax-cudnn"):
+            say(f"left out: {names[side]}, which is for GPUs")
+        elif absent:
+            say(f"left out: {names[side]} ({', '.join(absent)} not installed)")
+        else:
+            here.append(side)
+    return here
+
+
+def check_device(library: str) -> None:
+    """In the process of a side: RuntimeError where its library does not see the GPU, and would use the CPU."""
+    if library == "torch":
+        import torch
+
+        seen, install = torch.cuda.is_available(), "a build of torch with CUDA"
+    else:
+        import jax
+
+        seen, install = jax.default_backend() == "gpu", "optjax[cuda]"
+    if not seen:
+        raise RuntimeError(f"{library} does not see the GPU: install {install}")
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a side ran out of the device's memory, which is a result too."""
+    text = str(error).lower()
+    return "out of memory" in text or "resource_exhausted" in text
+
+
+def ratio(slow: Sequence[float], quick: Sequence[float]) -> float:
+    """How many times as long the first took: the median of the rounds' ratios.
+
+    Differences of times may be lost in noise, and then be no times: NaN where they are so in a round.
+    """
+    return median(a / b for a, b in zip(slow, quick, strict=True)) if min(*slow, *quick) > 0 else math.nan
+
+
+def times(ratio: float) -> str:
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}×"
+
+
+def draw(path: Path, panels: Panels, x_label: str, title: str, columns: int) -> None:
+    """Speed-ups: for each panel and side, points ``(x, times as fast)``, beside a line at 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
+
+    rows = -(-len(panels) // columns)
+    size = (max(4 * columns, 7), 2.8 * rows + 1)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    sides = list(dict.fromkeys(side for lines in panels.values() for side in lines))
+    for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+        for side, points in lines.items():
+            points = sorted(point for point in points if not math.isnan(point[1]))
+            x, y = zip(*points, strict=True) if points else ((), ())
+            # A side has its colour in every panel, also where it has no points.
+            axes.plot(x, y, marker="o", label=side, color=f"C{sides.index(side)}")
+        axes.axhline(1, color="0.7", linewidth=1, zorder=0)
+        axes.set(title=name, xscale="log")
+        axes.set_ylim(bottom=0)
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel(x_label)
+    for row in grid:
+        row[0].set_ylabel("times as fast")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of a Markdown table; all but the first ``left`` columns are figures."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "-|" * left + "-:|" * (len(columns) - left)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def setting(device: str, versions: dict[str, str], dtype: str, rounds: int) -> str:
+    """A paragraph: the machine, and who took part."""
+    about = report.machine()
+    who = "; ".join(f"{side}: {version}" for side, version in versions.items())
+    host = f"{about['processor']}, {about['cores']} cores, {about['memory']}"
+    return f"{device}; {host}. {dtype}, {rounds} rounds. {who}; Python {about['python']}. {about['date']}."
+
+
+def command(program: str, args: argparse.Namespace, names: Sequence[str]) -> str:
+    """What makes the same table again, to be shown as code."""
+    words = []
+    for name in names:
+        value: Any = vars(args)[name]
+        words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return f"    python -m {program} {' '.join(words)} --save"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
