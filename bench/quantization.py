@@ -5,7 +5,8 @@
     python -m bench.quantization --save                 # also writes bench/results/quantization.md
 
 A text is cut into windows of the model's length (2048 tokens at most), each predicted from its own beginning; windows
-are taken evenly over the text. Both models see the same windows, so that the change is that of the weights alone. The
+are taken evenly over the text. Both models see the same windows, so that the change is that of the weights alone, or
+of the keys and values: with an int8 cache every token is read by way of it, so that each attends to codes only. The
 largest error is that of any logit of any token, as a share of the largest logit; the mean one is the root of the mean
 square, as a share of the logits' standard deviation.
 
@@ -19,6 +20,7 @@ import argparse
 import json
 import math
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SAVED = ROOT / "bench" / "results" / "quantization.md"
 NOVEL = "Galsworthy_Man_1906"
-KINDS = ("int8", "int4", "int4:32", "nf4", "nf4:32")
+CACHE = "+cache"  # what is said of a kind whose keys and values are in 8 bits as well
+KINDS = ("float32+cache", "int8", "int8+cache", "int4", "int4:32", "nf4", "nf4:32")
 COLUMNS = ("", "weights, MB", "largest error", "mean error", "same first choice", "perplexity", "change")
 
 
@@ -36,7 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="opt-mini")
     parser.add_argument("--text", nargs="+", type=Path, default=[])
-    parser.add_argument("--kinds", nargs="+", default=KINDS, help="such as int8, int4, or int4:32 for groups of 32")
+    text = "such as int8, int4, or int4:32 for groups of 32; int8+cache and float32+cache with an int8 cache"
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help=text)
     parser.add_argument("--windows", type=int, default=64, help="of each text; 0 for all")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--json", type=Path)
@@ -87,9 +91,10 @@ def compare(args: argparse.Namespace, name: str, text: str) -> list[dict[str, An
         ids = ids[np.linspace(0, len(ids) - 1, args.windows).round().astype(int)]
     batches = [ids[i : i + args.batch_size] for i in range(0, len(ids), args.batch_size)]
 
-    @jax.jit
-    def look(params, batch):
-        out = optjax.causal_lm(params, batch, labels=batch)
+    @partial(jax.jit, static_argnames="cached")
+    def look(params, batch, *, cached=False):
+        cache = optjax.init_cache(params, *batch.shape, "int8") if cached else None
+        out = optjax.causal_lm(params, batch, labels=batch, cache=cache)
         return out.logits, out.loss
 
     @jax.jit
@@ -101,18 +106,20 @@ def compare(args: argparse.Namespace, name: str, text: str) -> list[dict[str, An
     def megabytes(params) -> float:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
 
-    def quantization(kind: str):
-        kind, _, size = kind.partition(":")
-        return optjax.Quantization(kind, int(size)) if size else optjax.Quantization(kind)
+    def quantized(kind: str):
+        kind, _, size = kind.removesuffix(CACHE).partition(":")
+        if kind == "float32":
+            return params
+        return optjax.quantize(params, optjax.Quantization(kind, int(size)) if size else optjax.Quantization(kind))
 
-    models = {kind: optjax.quantize(params, quantization(kind)) for kind in args.kinds}
+    models = {kind: quantized(kind) for kind in args.kinds}
     found: dict[str, list] = {kind: [] for kind in models}
     losses: dict[str, list[float]] = {kind: [] for kind in ("float32", *models)}
     for batch in batches:
         theirs, loss = look(params, batch)
         losses["float32"].append(float(loss) * len(batch))
         for kind, model in models.items():
-            ours, loss = look(model, batch)
+            ours, loss = look(model, batch, cached=kind.endswith(CACHE))
             losses[kind].append(float(loss) * len(batch))
             found[kind].append([float(x) for x in differ(ours, theirs)])
     mean = {kind: sum(each) / len(ids) for kind, each in losses.items()}
@@ -146,8 +153,9 @@ def tables(results: list[dict[str, Any]]) -> str:
         if i == 0 or results[i - 1]["text"] != r["text"]:
             lines += ["", f"## {r['text']}, {r['tokens']:,} tokens", "", f"| {' | '.join(COLUMNS)} |"]
             lines += ["|-|" + "-:|" * (len(COLUMNS) - 1)]
-        kind, _, size = r["kind"].partition(":")
-        cells = [f"{kind}, groups of {size}" if size else kind, f"{r['megabytes']:.2f}"]
+        kind, _, size = r["kind"].removesuffix(CACHE).partition(":")
+        name = f"{kind}, groups of {size}" if size else kind
+        cells = [name + ", int8 cache" * r["kind"].endswith(CACHE), f"{r['megabytes']:.2f}"]
         if "change" in r:
             cells += [f"{r[name]:.2%}" for name in ("largest_error", "mean_error", "same_first_choice")]
             cells += [f"{r['perplexity']:.3f}", f"{r['change']:+.3%}"]

@@ -4,7 +4,7 @@ from optjax.cache import Cache, init_cache
 from optjax.checkpoints import load, load_params, save_params
 from optjax.config import OPTConfig
 from optjax.declaration import Weight, count_params, declare
-from optjax.generation import GenerateOutput, decode_step, generate, prefill, stream
+from optjax.generation import GenerateOutput, Prefix, decode_step, generate, prefill, read_prefix, stream
 from optjax.heads import causal_lm, question_answering, sequence_classification
 from optjax.model import forward
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
@@ -18,6 +18,7 @@ __all__ = [
     "GenerateOutput",
     "OPTConfig",
     "Params",
+    "Prefix",
     "Score",
     "Quantization",
     "QuantizedWeight",
@@ -37,6 +38,7 @@ __all__ = [
     "load_params",
     "prefill",
     "quantize",
+    "read_prefix",
     "question_answering",
     "save_params",
     "score",

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optjax.cache_codes import Buffer, Codes, key_products, value_products
+
 # Finite, so that a row with every key masked stays finite in every dtype (Hugging Face #17433).
 MASKED = -1e30
 
@@ -18,8 +20,8 @@ AttentionWeights = jax.Array
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Buffer,
+    v: Buffer,
     mask: jax.Array,
     *,
     layout: str,
@@ -27,16 +29,19 @@ def attend(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     groups: int = 1,
+    in_parts: bool = False,
 ) -> tuple[jax.Array, AttentionWeights]:
     """Attention of T queries over S keys.
 
     Args:
       q: ``[B, T, H, K]``, already scaled by K^-0.5.
-      k, v: ``[B, H, S, K]`` or, of one row, ``[H, S, K]`` (layout ``"heads"``), or ``[B, S, D]`` (``"flat"``).
+      k, v: ``[B, H, S, K]`` or, of one row, ``[H, S, K]`` (layout ``"heads"``), or ``[B, S, D]`` (``"flat"``); or
+        `Codes`.
       mask: ``[B, 1, T, S]`` bool, True where a query may look.
       head_mask: ``[H]``; multiplies each head's weights after the softmax.
       dropout, dropout_key: of the attention weights.
       groups: the number of devices that the heads are split over.
+      in_parts: cast codes a few heads at a time; for a CPU.
 
     Returns:
       ``[B, T, D]``, and the weights ``[B, H, T, S]`` in float32 (dead code to the compiler where nobody asks for them).
@@ -45,7 +50,9 @@ def attend(
     def weigh(scores: jax.Array) -> jax.Array:
         return weights_of(scores, mask, head_mask, dropout, dropout_key)
 
-    return attend_heads(q, k, v, weigh) if layout == "heads" else _attend_flat(q, k, v, weigh, groups)
+    if layout == "heads":
+        return attend_heads(q, k, v, weigh, in_parts)
+    return _attend_flat(q, k, v, weigh, groups, in_parts)
 
 
 def weights_of(scores, mask, head_mask, dropout, dropout_key, rows=None, columns: int | None = None) -> jax.Array:
@@ -59,39 +66,49 @@ def weights_of(scores, mask, head_mask, dropout, dropout_key, rows=None, columns
     return weights
 
 
-def attend_heads(q, k, v, weigh) -> tuple[jax.Array, jax.Array]:
+def attend_heads(q, k: Buffer, v: Buffer, weigh, in_parts: bool = False) -> tuple[jax.Array, jax.Array]:
     """`attend` in the layout ``"heads"``; ``weigh`` makes weights from scores ``[B, H, T, S]``."""
     b, t, h, d = q.shape
     # Without the batch dimension where k has none: see cache.py.
-    q = q.reshape(*k.shape[:-3], t, h, d)
-    scores = jnp.einsum("...thk,...hsk->...hts", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = key_products(q.reshape(*k.shape[:-3], t, h, d), k, in_parts)
     weights = weigh(scores.reshape(b, h, t, -1))
-    per_head = weights.astype(q.dtype).reshape(scores.shape)
-    out = jnp.einsum("...hts,...hsk->...thk", per_head, v.astype(q.dtype))
+    out = value_products(weights.reshape(scores.shape), v, q.dtype, in_parts)
     return out.reshape(b, t, h * d), weights
 
 
-def by_heads(flat: jax.Array, heads: int) -> jax.Array:
+def by_heads(flat: Buffer, heads: int) -> Buffer:
     """Keys or values ``[B, S, D]`` as ``[B, H, S, K]``."""
+    if isinstance(flat, Codes):
+        return Codes(_by_heads(flat.codes, heads), flat.scales)
+    return _by_heads(flat, heads)
+
+
+def _by_heads(flat: jax.Array, heads: int) -> jax.Array:
     return flat.reshape(*flat.shape[:2], heads, -1).swapaxes(1, 2)
 
 
-def _attend_flat(q, k, v, weigh, groups: int) -> tuple[jax.Array, jax.Array]:
+def _attend_flat(q, k: Buffer, v: Buffer, weigh, groups: int, in_parts: bool) -> tuple[jax.Array, jax.Array]:
     b, t, h, d = q.shape
     if t > FEW_QUERIES:
-        return attend_heads(q, by_heads(k, h), by_heads(v, h), weigh)
+        return attend_heads(q, by_heads(k, h), by_heads(v, h), weigh, in_parts)
     # A token's query, or those of a few side by side: lay q out block-diagonally, so that the scores of all heads of a
     # device (n = H / G) are one matrix product with its flat keys (c = D / G). It multiplies n times more zeros, on a
     # unit that waits for memory anyway.
     n, c = h // groups, h * d // groups
+    (k, k_scales), (v, v_scales) = _apart(k), _apart(v)
     k, v = (x.reshape(b, -1, groups, c).astype(q.dtype) for x in (k, v))
     own = jnp.repeat(jnp.eye(n, dtype=q.dtype), d, axis=1)  # [n, c]: the columns that are a head's own
     blocks = q.reshape(b, t, groups, c).transpose(0, 2, 3, 1)[:, :, :, None] * own.T[:, :, None]
     scores = jnp.einsum("bsgc,bgcm->bgms", k, blocks.reshape(b, groups, c, n * t), preferred_element_type=jnp.float32)
-    weights = weigh(scores.reshape(b, h, t, -1))
-    per_head = weights.astype(q.dtype).reshape(scores.shape)
+    weights = weigh(scores.reshape(b, h, t, -1) * k_scales)
+    per_head = (weights * v_scales).astype(q.dtype).reshape(scores.shape)
     all_pairs = jnp.einsum("bgms,bsgc->bgmc", per_head, v).reshape(b, groups, n, t, c)
     return (all_pairs * own[:, None]).sum(2).swapaxes(1, 2).reshape(b, t, h * d), weights
+
+
+def _apart(flat: Buffer) -> tuple[jax.Array, jax.Array | float]:
+    """Keys or values ``[B, S, D]``, and what scores or weights ``[B, H, T, S]`` are to be multiplied by."""
+    return (flat.codes, flat.scales[:, :, None]) if isinstance(flat, Codes) else (flat, 1.0)
 
 
 def _drop_weights(weights: jax.Array, rate: float, key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:

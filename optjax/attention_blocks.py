@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.attention import attend_heads, by_heads, weights_of
+from optjax.cache_codes import Buffer
 from optjax.placed import parts
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ def attend_in_blocks(
 
 def attend_all_keys_in_blocks(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Buffer,
+    v: Buffer,
     mask: jax.Array,
     *,
     layout: str,
@@ -84,6 +85,7 @@ def attend_all_keys_in_blocks(
     head_mask: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    in_parts: bool = False,
 ) -> jax.Array:
     """`attend` for any T and S, as a loop: ``[B, T, D]`` and no weights.
 
@@ -107,7 +109,7 @@ def attend_all_keys_in_blocks(
 
         # By heads in here: else the whole cache would be laid out as this product likes it, in a copy that lasts.
         keys, values = (by_heads(x, h) for x in (k, v)) if layout == "flat" else (k, v)
-        return attend_heads(q, keys, values, weigh)[0]
+        return attend_heads(q, keys, values, weigh, in_parts)[0]
 
     out = jax.lax.map(attend_block, (split(q, 1), split(mask, 2), split(jnp.arange(t), 0)))
     out = jnp.moveaxis(out, 0, 1 + interleaved).reshape(b, n * block, h * d)

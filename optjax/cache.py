@@ -10,11 +10,15 @@ Two layouts, chosen by what the compiler makes of them:
   takes between the write and the product would copy the whole buffer at every step.
 - ``"flat"``, ``[B, S, D]``: for TPU, where one token's q, laid out block-diagonally, meets all heads' keys in a single
   matrix product on the matrix unit, instead of a multiply and reduce off it.
+
+Of int8 the buffers are `Codes`, in the same layouts: each head of a token has a scale of its own, so that a column is
+quantized once, when it is written, and attention reads the codes as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optjax.cache_codes import Buffer, Codes, encode, map_buffer
 from optjax.config import OPTConfig
 from optjax.params import Params, floating_dtype
 from optjax.placed import platform
@@ -39,15 +44,16 @@ class Cache:
     """A static KV cache of S columns.
 
     Attributes:
-      keys, values: one array a layer, ``[B, H, S, K]`` (``[H, S, K]`` where B is 1) or ``[B, S, D]``, by ``layout``.
+      keys, values: one array a layer, ``[B, H, S, K]`` (``[H, S, K]`` where B is 1) or ``[B, S, D]``, by ``layout``;
+        of int8 `Codes` of that shape.
       mask: ``[B, S]`` bool, the columns that hold real tokens.
       lengths: ``[B]`` int32, how many real tokens each row holds: the position of its next one.
       index: int32 scalar, the column that the next call writes first; or ``[B]``, one for each of several rows.
       layout: ``"heads"`` or ``"flat"``.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Buffer, ...]
+    values: tuple[Buffer, ...]
     mask: jax.Array
     lengths: jax.Array
     index: jax.Array
@@ -62,6 +68,11 @@ class Cache:
         """S, the columns there are."""
         return self.mask.shape[1]
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of keys and values; int8 where they are quantized."""
+        return self.keys[0].dtype
+
 
 def init_cache(
     params: Params | OPTConfig,
@@ -75,13 +86,14 @@ def init_cache(
 
     Args:
       params: the params, or their config.
-      dtype: of keys and values; the params' by default (float32 for a config).
+      dtype: of keys and values; the params' by default (float32 for a config). ``"int8"`` quantizes each head of each
+        token as it is written, and takes 1 + 4/K bytes a number.
       layout: ``"heads"`` or ``"flat"``; by default the one for the params' devices.
 
     For params on a mesh the cache lies there too: rows as the batch does, heads and columns by their own rules.
 
     Raises:
-      ValueError: a size is not a positive integer, the dtype is not floating, or the layout is unknown.
+      ValueError: a size is not a positive integer, the dtype is neither floating nor int8, or the layout is unknown.
     """
     if not isinstance(params, Params | OPTConfig):
         raise ValueError(f"a cache is made for params or a config, not for {type(params).__name__}")
@@ -91,21 +103,26 @@ def init_cache(
     for name, size in (("batch_size", batch_size), ("max_length", max_length)):
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} of a cache should be a positive integer, not {size!r}")
-    dtype = floating_dtype(dtype)
+    dtype = cache_dtype(dtype)
     placement = params.placement if isinstance(params, Params) else None
     if layout is None:
         layout = default_layout(platform(placement))
     if layout not in LAYOUTS:
         raise ValueError(f"no cache layout {layout!r}; there are: {', '.join(LAYOUTS)}")
     b, s, h, k = batch_size, max_length, config.num_attention_heads, config.head_dim
-    shape = (b, s, h * k) if layout == "flat" else (h, s, k) if b == 1 else (b, h, s, k)
+    rows = () if layout == "heads" and b == 1 else (b,)
+    shape, scales = (*rows, s, h * k) if layout == "flat" else (*rows, h, s, k), (*rows, h, s)
     axes = cache_axes(layout, b)
 
     def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
         return jnp.zeros(shape, dtype, device=None if placement is None else placement.fitting(shape, axes))
 
+    def buffer() -> Buffer:
+        values = zeros(shape, axes, dtype)
+        return Codes(values, zeros(scales, scale_axes(scales), jnp.float32)) if dtype == jnp.int8 else values
+
     # Each buffer is its own array: a shared one could not be donated.
-    keys, values = (tuple(zeros(shape, axes, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2))
+    keys, values = (tuple(buffer() for _ in range(config.num_hidden_layers)) for _ in range(2))
     mask, lengths = zeros((b, s), ("batch", None), bool), zeros((b,), ("batch",), jnp.int32)
     return Cache(keys, values, mask, lengths, zeros((), (), jnp.int32), layout)
 
@@ -117,20 +134,46 @@ def cache_axes(layout: str, batch_size: int) -> tuple[str | None, ...]:
     return (*("batch",) * (batch_size > 1), "heads", "cache_length", None)
 
 
+def scale_axes(shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The logical axes of their scales, ``[B, H, S]`` or ``[H, S]``."""
+    return ("batch", "heads", "cache_length")[-len(shape) :]
+
+
+def cache_dtype(dtype: Any) -> np.dtype:
+    """The dtype of a cache from anything that names one: floating, or int8.
+
+    Raises:
+      ValueError: it names none.
+    """
+    try:
+        return np.dtype(np.int8) if jnp.dtype(dtype) == jnp.int8 else floating_dtype(dtype)
+    except (TypeError, ValueError):
+        raise ValueError(f"a cache is of a floating dtype such as jnp.bfloat16, or of int8, not {dtype!r}") from None
+
+
 def default_layout(platform: str) -> str:
     """The layout for devices of a platform."""
     return "flat" if platform == "tpu" else "heads"
 
 
-def write_columns(buffer: jax.Array, new: jax.Array, index: jax.Array, layout: str) -> jax.Array:
+def write_columns(buffer: Buffer, new: jax.Array, index: jax.Array, layout: str) -> Buffer:
     """One layer's ``buffer`` with ``new`` ``[B, T, H, K]`` written at columns ``index`` to ``index + T``."""
     if index.ndim:
         one_row = partial(write_columns, layout=layout)
         return jax.vmap(lambda buffer, new, index: one_row(buffer, new[None], index))(buffer, new, index)
-    t = new.shape[1]
-    new = new.swapaxes(1, 2) if layout == "heads" else new
-    new = new.reshape(*buffer.shape[:-2], t, buffer.shape[-1]).astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=-2)
+    if isinstance(buffer, Codes):
+        codes, scales = encode(new)
+        return Codes(
+            _write(buffer.codes, codes if layout == "flat" else codes.swapaxes(1, 2), index, -2),
+            _write(buffer.scales, scales.swapaxes(1, 2), index, -1),
+        )
+    return _write(buffer, new.swapaxes(1, 2) if layout == "heads" else new, index, -2)
+
+
+def _write(buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    shape = list(buffer.shape)
+    shape[axis] = new.size // (buffer.size // shape[axis])
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new.reshape(shape).astype(buffer.dtype), index, axis=axis)
 
 
 def write_mask(mask: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
@@ -140,21 +183,24 @@ def write_mask(mask: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(mask, new, index, axis=1)
 
 
+def map_columns(function: Callable[[jax.Array, int], jax.Array], cache: Cache) -> Cache:
+    """The cache with a function of an array, and its axis of columns, on each array of keys and values."""
+    keys, values = (tuple(map_buffer(function, each) for each in layers) for layers in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values)
+
+
 def keep_one_column(cache: Cache, chosen: jax.Array, n: int) -> Cache:
     """The cache with one of the n columns that were written last, for each row that which is ``chosen`` ``[B]``."""
     first = cache.index - n
 
-    def keep(buffer: jax.Array) -> jax.Array:
-        columns = jax.lax.dynamic_slice_in_dim(buffer, first, n, axis=-2)
-        one_row = cache.layout == "heads" and cache.batch_size == 1
-        where = chosen.reshape((1,) * buffer.ndim if one_row else (-1, *(1,) * (buffer.ndim - 1)))
-        column = jnp.take_along_axis(columns, where, axis=-2)
-        return jax.lax.dynamic_update_slice_in_dim(buffer, column, first, axis=-2)
+    def keep(buffer: jax.Array, axis: int) -> jax.Array:
+        columns = jax.lax.dynamic_slice_in_dim(buffer, first, n, axis)
+        where = chosen.reshape(-1, *(1,) * (buffer.ndim - 1))  # of one row [1], whatever stands first
+        column = jnp.take_along_axis(columns, where, axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, column, first, axis)
 
     return dataclasses.replace(
-        cache,
-        keys=jax.tree.map(keep, cache.keys),
-        values=jax.tree.map(keep, cache.values),
+        map_columns(keep, cache),
         mask=cache.mask & (jnp.arange(cache.max_length) <= first),
         lengths=cache.lengths - n + 1,
         index=first + 1,
@@ -165,16 +211,14 @@ def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
     """The cache with rows picked ``[B']``: for several samples of a prompt, or for beams."""
     b, picked = cache.batch_size, rows.shape[0]
 
-    def pick(buffer: jax.Array) -> jax.Array:
+    def pick(buffer: jax.Array, axis: int) -> jax.Array:
         if cache.layout == "heads" and b == 1:
             buffer = buffer[None]
         buffer = jnp.take(buffer, rows, axis=0)
         return buffer[0] if cache.layout == "heads" and picked == 1 else buffer
 
     return dataclasses.replace(
-        cache,
-        keys=tuple(map(pick, cache.keys)),
-        values=tuple(map(pick, cache.values)),
+        map_columns(pick, cache),
         mask=cache.mask[rows],
         lengths=cache.lengths[rows],
         # Its own, as all else: either cache may be donated.

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.generation.api import bucket
+from optjax.cache import init_cache
+from optjax.generation.buckets import bucket
+from optjax.generation.chunks import as_chunk_size, read
 from optjax.generation.draw import most_probable
+from optjax.generation.prefix import Prefix, check_prefix, continued
 from optjax.heads import lm_logits
 from optjax.model import Inputs, decoder
 from optjax.params import Params
@@ -31,7 +34,7 @@ class Score:
     Attributes:
       ids: ``[n]`` int32, the tokens looked at: those of the continuation, or all.
       token_logprobs: ``[n]`` float32, each one's natural log-probability after all before it; none is positive. NaN for
-        the first token of a text, which nothing predicts.
+        the first token of a text, which nothing predicts, unless there is a prefix.
       logprob: their sum, NaN left out.
       is_greedy: whether each (but such a first one) is the most probable token: greedy decoding would say the same.
       top_ids, top_logprobs: ``[n, top_logprobs]``, the most probable tokens in each one's place, best first; -1 and NaN
@@ -53,6 +56,8 @@ def score(
     *,
     top_logprobs: int = 0,
     batch_size: int = 8,
+    prefix: Prefix | None = None,
+    prefill_chunk_size: int | None = None,
 ) -> list[Score]:
     """The log-probabilities of texts, or of continuations of prompts: an API's ``echo`` with ``logprobs``.
 
@@ -67,6 +72,9 @@ def score(
         scored.
       top_logprobs: how many alternatives to give for each token.
       batch_size: most texts computed at once.
+      prefix: from `read_prefix`, one row: what all texts begin with, such as the examples of a few-shot prompt. It is
+        not read again, and the first token of a text has a log-probability after it.
+      prefill_chunk_size: read texts so many tokens at a time, at most: for long ones, in little memory.
 
     Returns:
       A `Score` for each prompt, in order.
@@ -88,23 +96,28 @@ def score(
             raise ValueError(f"there are {len(rows)} prompts and {len(ends)} continuations; give one for each")
         begins = [len(row) for row in rows]
         rows = [np.concatenate(pair) for pair in zip(rows, ends, strict=True)]
+    chunk_size, before = as_chunk_size(prefill_chunk_size), 0
+    if prefix is not None:
+        [before] = check_prefix(params, prefix, 1)
     longest = max(map(len, rows), default=0)
-    if longest > config.max_position_embeddings:
+    if longest + before > config.max_position_embeddings:
         i = next(i for i, row in enumerate(rows) if len(row) == longest)
-        raise ValueError(
-            f"text {i} has {longest} tokens, more than max_position_embeddings = {config.max_position_embeddings}"
-        )
+        has = f"{longest} tokens" if prefix is None else f"{longest} tokens after a prefix of {before}"
+        raise ValueError(f"text {i} has {has}, more than max_position_embeddings = {config.max_position_embeddings}")
 
     scores: dict[int, Score] = {}
     order = sorted(range(len(rows)), key=lambda i: (bucket(len(rows[i])), len(rows[i]) - begins[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        found = _batch(params, [rows[i] for i in batch], [begins[i] for i in batch], batch_size, top)
+        chosen = [rows[i] for i in batch], [begins[i] for i in batch]
+        found = _batch(params, *chosen, batch_size, prefix, top=top, chunk_size=chunk_size)
         scores.update(zip(batch, found, strict=True))
     return [scores[i] for i in range(len(rows))]
 
 
-def _batch(params: Params, rows: list[np.ndarray], begins: list[int], batch_size: int, top: int) -> list[Score]:
+def _batch(
+    params: Params, rows: list[np.ndarray], begins: list[int], batch_size: int, prefix: Prefix | None, **static: Any
+) -> list[Score]:
     size = min(batch_size, 1 << (len(rows) - 1).bit_length())
     # Padded on the left, so that what is asked for stands in the last columns.
     ids = np.zeros((size, bucket(max(map(len, rows)))), np.int32)
@@ -113,13 +126,14 @@ def _batch(params: Params, rows: list[np.ndarray], begins: list[int], batch_size
     for i, row in enumerate(rows):
         ids[i, -len(row) :], mask[i, -len(row) :] = row, True
     window = min(bucket(max(len(row) - begin for row, begin in zip(rows, begins, strict=True))), ids.shape[1])
-    host = jax.device_get(_score(params, ids, mask, window=window, top=top))
+    host = jax.device_get(_score(params, ids, mask, prefix, window=window, **static))
     out = []
     for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         n = len(row) - begin
         logprobs, best, *alternatives = (np.array(x[i, -n:]) for x in host)
-        known = slice(1, None) if begin == 0 else slice(None)
-        if begin == 0:
+        unpredicted = begin == 0 and prefix is None
+        known = slice(1, None) if unpredicted else slice(None)
+        if unpredicted:
             logprobs[0] = np.nan
             for x, none in zip(alternatives, (-1, np.nan), strict=False):
                 x[0] = none
@@ -128,16 +142,34 @@ def _batch(params: Params, rows: list[np.ndarray], begins: list[int], batch_size
     return out
 
 
-@partial(jax.jit, static_argnames=("window", "top"))
-def _score(params: Params, ids: jax.Array, mask: jax.Array, *, window: int, top: int) -> tuple[jax.Array, ...]:
+@partial(jax.jit, static_argnames=("window", "top", "chunk_size"))
+def _score(
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    prefix: Prefix | None = None,
+    *,
+    window: int,
+    top: int,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, ...]:
     """Of the last ``window`` tokens of rows ``[B, T]``: log-probability and the best id in each one's place.
 
     Both ``[B, window]``; and the ``top`` best ids and their log-probabilities ``[B, window, top]``, if any.
     """
     b, t = ids.shape
-    x = decoder(params, Inputs(ids=ids, mask=mask)).last_hidden_state
-    # What stands in column c is predicted in column c - 1; before the first there is nothing.
-    x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, t - window : t]
+    if prefix is not None:
+        x, _ = read(params, ids, mask, continued(params, prefix, b, t), chunk_size)
+    elif chunk_size is not None and chunk_size < t:
+        x, _ = read(params, ids, mask, init_cache(params, b, t), chunk_size)
+    else:
+        x = decoder(params, Inputs(ids=ids, mask=mask)).last_hidden_state
+    # What stands in column c is predicted in column c - 1; before a row's first token there is nothing, or the prefix.
+    x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :t]
+    if prefix is not None:
+        first = jnp.arange(t) == jnp.argmax(mask, axis=1)[:, None]
+        x = jnp.where(first[:, :, None], prefix.hidden[:, -1:].astype(x.dtype), x)
+    x = x[:, t - window :]
     blocks = x.reshape(b, window // _BLOCK, _BLOCK, -1).swapaxes(0, 1)
     targets = ids[:, t - window :].reshape(b, window // _BLOCK, _BLOCK).swapaxes(0, 1)
 

@@ -149,3 +149,17 @@ def check_positions(
         raise ValueError(
             f"{longest} tokens in a row are more than max_position_embeddings = {limit}; shorten the input"
         )
+
+
+def check_rows_not_empty(mask: Any | None, cache: Cache | None = None) -> None:
+    """ValueError if a row has no real token; of a prompt read in chunks, none after its first ones."""
+    if mask is None or not is_concrete(mask) or (cache is not None and not is_concrete(cache.lengths)):
+        return
+    empty = ~np.asarray(mask).any(1)
+    if cache is None:
+        advice = "give each row a token, such as the BOS token"
+    else:
+        empty &= np.asarray(cache.lengths) > 0
+        advice = "pad chunked prompts on the left, where the logits of every row are those after its last token"
+    if empty.any():
+        raise ValueError(f"attention_mask is all 0 in row {int(empty.argmax())}: {advice}")

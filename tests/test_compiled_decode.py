@@ -11,6 +11,7 @@ import pytest
 
 import optjax
 from optjax.cache import init_cache
+from optjax.cache_codes import BLOCK
 from optjax.generation.beam import run_beams
 from optjax.generation.decode import _decode_step
 from optjax.generation.loop import run_generate
@@ -27,9 +28,9 @@ def buffer_size(rows: int) -> int:
     return rows * COLUMNS * D
 
 
-def compile_step(rows: int):
+def compile_step(rows: int, dtype=None):
     params = optjax.abstract_params(CONFIG)
-    cache = jax.eval_shape(lambda: init_cache(CONFIG, rows, COLUMNS, layout="heads"))
+    cache = jax.eval_shape(lambda: init_cache(CONFIG, rows, COLUMNS, dtype, layout="heads"))
     return _decode_step.lower(params, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile()
 
 
@@ -115,6 +116,17 @@ def test_a_few_rows_are_multiplied_from_the_left(rows):
 
 def _size(shape: str) -> int:
     return math.prod(map(int, shape.split(",")))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_decode_step_with_an_int8_cache(rows):
+    """Codes are written in place, and cast a few heads at a time: never a buffer of them at once."""
+    memory = compile_step(rows, "int8").memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= 2 * LAYERS * (
+        buffer_size(rows) + rows * CONFIG.num_attention_heads * COLUMNS * 4
+    )
+    assert memory.temp_size_in_bytes < 0.4 * buffer_size(rows) + 4 * BLOCK + 4 * D * D
 
 
 SAMPLED = dict(do_sample=True, top_p=0.9, typical_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=3)

@@ -5,6 +5,8 @@ Needs the libtpu wheel (``pip install 'jax[tpu]'``), and no TPU: nothing is run.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import re
 
@@ -40,6 +42,24 @@ def test_no_search_copies_the_cache(programs, search):
     assert programs[search]["copies"] == 0
 
 
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_an_int8_cache_is_read_as_it_is(programs, chip):
+    """No copy in full precision: nothing of a buffer's size is made but by the writes in place; and half the bytes."""
+    if f"{chip} int8" not in programs:
+        pytest.skip("no GPU compiler: the jax-cuda12-pjrt wheel is not installed")
+    codes, floats = programs[f"{chip} int8"], programs[f"{chip} bfloat16"]
+    assert codes["temporary"] < 0.1 * ROWS * COLUMNS * D
+    assert codes["aliased"] >= codes["cache"]
+    assert codes["cache"] <= 0.55 * floats["cache"]
+    saved = floats["arguments"] - codes["arguments"]
+    assert saved == pytest.approx(floats["cache"] - codes["cache"], rel=0.01)
+
+
+def test_an_int8_cache_takes_less_time(programs):
+    """By the compiler's own estimate of a step that reads weights, too."""
+    assert programs["v5e int8"]["cycles"] < 0.8 * programs["v5e bfloat16"]["cycles"]
+
+
 def test_the_flat_layout_is_why_it_is_there(programs):
     """By the compiler's own estimate a step over heads takes longer by half at least."""
     assert programs["heads"]["cycles"] > 1.5 * programs["flat"]["cycles"]
@@ -52,7 +72,7 @@ def test_the_best_score_stays_float32(programs):
 
 def report(compiled, body_of_loop: bool = False) -> dict:
     """What the tests ask of a program. Cycles are those of its straight part: loops would count once."""
-    text = compiled.as_text()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     computations = re.split(r"\n(?=\S[^\n]*\{\n)", text)
     entry = next(part for part in computations if part.startswith("ENTRY"))
     part = entry
@@ -63,7 +83,9 @@ def report(compiled, body_of_loop: bool = False) -> dict:
         part = next(part for part in computations if part.startswith(name[1] + " "))
     lines = [line for line in part.splitlines() if f"bf16[{BUFFER}]" in line.split("(")[0]]
     return {
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
         "copies": sum(re.search(r"\b(copy|transpose)\(", line) is not None for line in lines),
         "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
         "bfloat16 maxima": len(re.findall(rf"= \(bf16\[{ROWS}\]\S* s32\[{ROWS}\]\S*\) (?:reduce|fusion)\(", text)),
@@ -76,11 +98,14 @@ def main() -> None:
     from jax.experimental import topologies
 
     import optjax
+    from optjax.cache import default_layout
     from optjax.generation.beam import run_beams
     from optjax.generation.decode import _decode_step
     from optjax.generation.loop import run_generate
     from optjax.generation.settings import as_settings
     from optjax.sharding import make_mesh
+    from optjax.sharding.plan.devices import devices
+    from optjax.sharding.plan.hardware import parse_topology
 
     chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     # A mesh of one chip tells the model what it is compiled for.
@@ -107,6 +132,18 @@ def main() -> None:
         columns = (COLUMNS - 64) // 4 if settings.beams else COLUMNS - 64 - 4
         loop = run.lower(params, *prompt, place(settings), None, number, room=columns).compile()
         found[name] = report(loop, body_of_loop=True)
+    for name, dtype in itertools.product(("v5e:1x1", "h100:1"), ("bfloat16", "int8")):
+        if name == "h100:1" and importlib.util.find_spec("jax_cuda12_plugin") is None:
+            continue
+        mesh = make_mesh("", devices(parse_topology(name))[:1])
+        there = jax.NamedSharding(mesh, jax.P())
+        layout = default_layout("tpu" if name == "v5e:1x1" else "gpu")
+        empty = jax.eval_shape(lambda: optjax.init_cache(config, ROWS, COLUMNS, dtype, layout=layout))  # noqa: B023
+        ids = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=there)
+        params = optjax.abstract_params(config, jnp.bfloat16, mesh=mesh)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((empty.keys, empty.values)))
+        compiled = _decode_step.lower(params, ids, place(empty)).compile()
+        found[f"{name.split(':')[0]} {dtype}"] = report(compiled) | {"cache": size}
     print(json.dumps(found))
 
 

@@ -210,7 +210,7 @@ def test_unknown_argument(params):
         ((2, 0), "max_length of a cache should be a positive integer, not 0"),
         ((-1, 4), "batch_size of a cache should be a positive integer, not -1"),
         ((2.0, 4), "batch_size of a cache should be a positive integer, not 2.0"),
-        ((2, 4, jnp.int8), "expected a floating dtype"),
+        ((2, 4, jnp.int16), "a cache is of a floating dtype such as jnp.bfloat16, or of int8"),
     ],
 )
 def test_cache(arguments, message, params):

@@ -3,5 +3,6 @@
 from optjax.generation.api import GenerateOutput, generate, stream
 from optjax.generation.decode import decode_step, prefill
 from optjax.generation.options import Options
+from optjax.generation.prefix import Prefix, read_prefix
 
-__all__ = ["GenerateOutput", "Options", "decode_step", "generate", "prefill", "stream"]
+__all__ = ["GenerateOutput", "Options", "Prefix", "decode_step", "generate", "prefill", "read_prefix", "stream"]

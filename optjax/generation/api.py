@@ -14,17 +14,18 @@ import numpy as np
 from optjax.cache import Cache
 from optjax.config import OPTConfig
 from optjax.generation.beam import Found, run_beams
+from optjax.generation.buckets import bucket, pad_to_bucket
 from optjax.generation.contrastive import Ahead
-from optjax.generation.decode import check_rows_not_empty
 from optjax.generation.history import History
 from optjax.generation.loop import Choice, State, advance, run_generate, start
 from optjax.generation.options import Options
+from optjax.generation.prefix import check_prefix
 from optjax.generation.processors import check_own_processors
 from optjax.generation.settings import Settings, as_settings
 from optjax.generation.speculative import Progress, advance_round, begin, run_speculative
 from optjax.params import Params, as_key
 from optjax.placed import constrain
-from optjax.validate import as_ids, as_mask, check_params, is_concrete
+from optjax.validate import as_ids, as_mask, check_params, check_rows_not_empty, is_concrete
 
 
 @partial(
@@ -95,7 +96,7 @@ def generate(
         raise ValueError("output_scores needs return_dict_in_generate=True")
     ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
     settings = dataclasses.replace(settings, output_logprobs=return_dict)
-    run_ids, run_mask = _pad_to_bucket(ids, mask)
+    run_ids, run_mask = pad_to_bucket(ids, mask)
     n = int(max_new_tokens)
     run = run_speculative if settings.speculation else run_beams if settings.beams else run_generate
     made, passes = run(params, run_ids, run_mask, settings, key, np.int32(n), room=bucket(n))
@@ -140,7 +141,7 @@ def stream(
     ids, mask, settings, key = _check(params, ids, attention_mask, max_new_tokens, key, options)
     if settings.beams is not None:
         raise ValueError("stream yields each token for good, and beam search knows none until its end; use generate")
-    run_ids, run_mask = _pad_to_bucket(ids, mask)
+    run_ids, run_mask = pad_to_bucket(ids, mask)
     if settings.speculation is not None:
         return _stream_rounds(params, run_ids, run_mask, jax.device_put(settings), key, int(max_new_tokens))
     return _stream(params, run_ids, run_mask, jax.device_put(settings), key, int(max_new_tokens))
@@ -209,20 +210,6 @@ def _readable(params: Params, state: State) -> State:
     return dataclasses.replace(state, choice=dataclasses.replace(state.choice, token=token), done=done)
 
 
-def bucket(n: int) -> int:
-    """The static size that ``n`` is rounded up to: 16 at least, then steps of a quarter of the power of two below."""
-    step = max(16, 1 << max(n.bit_length() - 3, 0))
-    return -(-n // step) * step
-
-
-def _pad_to_bucket(ids: Any, mask: Any) -> tuple[Any, Any]:
-    """Padded on the left to a bucketed length; as they are inside somebody's jit, where shapes are settled already."""
-    if not is_concrete(ids, mask):
-        return jnp.asarray(ids), jnp.asarray(mask)
-    extra = ((0, 0), (bucket(ids.shape[1]) - ids.shape[1], 0))
-    return np.pad(ids, extra), np.pad(mask, extra)
-
-
 def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, key: Any, options: Any):
     """The arguments of `generate`, made uniform; or a ValueError."""
     config = check_params(params, ("causal_lm",)).config
@@ -233,7 +220,11 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
     ids, mask = (np.asarray(x) if is_concrete(x) else x for x in (ids, mask))
     check_rows_not_empty(mask)
     # How many tokens are real is not known while tracing a mask; one at least.
-    longest = int(mask.sum(1).max()) if is_concrete(mask) else 1
+    lengths = mask.sum(1) if is_concrete(mask) else np.ones(len(mask), int)
+    prefix = options.get("prefix")
+    if prefix is not None:
+        lengths = lengths + check_prefix(params, prefix, len(mask))
+    longest, with_prefix = int(lengths.max()), "" if prefix is None else ", its prefix included,"
     limit = config.max_position_embeddings
     assistant = options.get("assistant_model")
     whose = ""
@@ -241,15 +232,15 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
         limit, whose = assistant.config.max_position_embeddings, "the assistant_model's "
     if longest + max_new_tokens > limit:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}, more "
-            f"than {whose}max_position_embeddings = {limit}; shorten the prompt or ask for at most "
-            f"{max(limit - longest, 0)}"
+            f"a prompt of {longest} tokens{with_prefix} and max_new_tokens = {max_new_tokens} make "
+            f"{longest + max_new_tokens}, more than {whose}max_position_embeddings = {limit}; shorten the prompt or "
+            f"ask for at most {max(limit - longest, 0)}"
         )
     settings = as_settings(config, options, int(max_new_tokens))
     if settings.guidance is not None and options.get("negative_prompt_ids") is not None:
         negative = _negative_prompts(config, ids.shape[0], int(max_new_tokens), options)
         settings = dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, **negative))
-    columns = bucket(ids.shape[1]) + bucket(int(max_new_tokens))
+    columns = bucket(ids.shape[1]) + bucket(int(max_new_tokens)) + (0 if prefix is None else prefix.columns)
     check_own_processors(settings, ids.shape[0], columns, config.vocab_size)
     if not settings.do_sample:
         key = None
@@ -279,5 +270,5 @@ def _negative_prompts(config: OPTConfig, rows: int, max_new_tokens: int, options
             f"{longest + max_new_tokens}, more than max_position_embeddings = {config.max_position_embeddings}"
         )
     ids, mask = (np.asarray(x) if is_concrete(x) else x for x in (ids, mask))
-    ids, mask = _pad_to_bucket(ids, mask)
+    ids, mask = pad_to_bucket(ids, mask)
     return {"ids": ids, "mask": mask}

@@ -14,13 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optjax.cache import Cache, init_cache
+from optjax.cache import Cache
 from optjax.generation.aligned import right_aligned
 from optjax.generation.draw import draw_several
 from optjax.generation.finish import Finished, finish_beams, finish_group, finish_open
 from optjax.generation.history import History, new_history
 from optjax.generation.paths import NOTHING, Paths, best, join, no_paths, pick
+from optjax.generation.prefix import before
 from optjax.generation.processors import process
+from optjax.generation.prompt import read_prompts
 from optjax.generation.search import Beams
 from optjax.generation.settings import Settings
 from optjax.generation.stop_strings import find_stops
@@ -115,13 +117,12 @@ def run_beams(
 def start_beams(params: Params, ids, mask, settings: Settings, room: int) -> tuple[BeamState, jax.Array]:
     """Reads prompts ``[B, T]``, each once. Also the next token's logits ``[B · n, V]``, alike for a prompt's beams."""
     ids, mask = right_aligned(ids, mask)
-    b, t = ids.shape
+    b = ids.shape[0]
     beams, n = _beams(settings), _beams(settings).num_beams
     with jax.named_scope("prefill"):
-        cache = init_cache(params, b, t + n * room)
-        out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache))
-        logits = lm_logits(params, out.last_hidden_state[:, -1])
-    assert out.cache is not None  # the decoder returns one where it was given one
+        hidden, cache = read_prompts(params, settings, ids, mask, n * room)
+        logits = lm_logits(params, hidden[:, -1])
+    ids, mask = right_aligned(*before(settings.prefix, ids, mask))
     ids, mask, logits = (jnp.repeat(x, n, axis=0) for x in (ids, mask, logits))
     history = new_history(ids, mask, room, params.config.vocab_size, settings)
     none = no_paths(b, n, room, settings.pad_id, settings.output_logprobs)
@@ -134,7 +135,7 @@ def start_beams(params: Params, ids, mask, settings: Settings, room: int) -> tup
         jnp.ones((b, 1), bool),
     )
     scores = jnp.zeros((b * n, room, logits.shape[-1]), jnp.float32) if settings.output_scores else None
-    return BeamState(out.cache, history, running, (group,) * beams.groups, scores), logits
+    return BeamState(cache, history, running, (group,) * beams.groups, scores), logits
 
 
 def beam_logits(params: Params, state: BeamState) -> tuple[jax.Array, Cache]:

@@ -47,7 +47,7 @@ def look_ahead(
     probability, ids = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), search.candidates)
     b, k = ids.shape
     position = jnp.broadcast_to((history.count - history.first)[:, None], (b, k))
-    visible = _visible(history, cache.max_length, k)
+    visible = _visible(cache, k)
     with jax.named_scope("decode"):
         out = decoder(params, Inputs(ids=ids, position_ids=position, visible=visible, cache=cache))
     assert out.cache is not None  # the decoder returns one where it was given one
@@ -62,11 +62,11 @@ def look_ahead(
     return token, keep_one_column(out.cache, chosen, k), Ahead(lm_logits(params, hidden), context)
 
 
-def _visible(history: History, columns: int, k: int) -> jax.Array:
+def _visible(cache: Cache, k: int) -> jax.Array:
     """The columns ``[B, k, S]`` that candidates attend to: the row's, and their own of the k that follow."""
-    column = jnp.arange(columns)
-    said = (column >= history.first[:, None]) & (column < history.count)
-    return said[:, None] | (column == history.count + jnp.arange(k)[:, None])[None]
+    column = jnp.arange(cache.max_length)
+    said = cache.mask & (column < cache.index)
+    return said[:, None] | (column == cache.index + jnp.arange(k)[:, None])[None]
 
 
 def _directions(hidden: jax.Array) -> jax.Array:

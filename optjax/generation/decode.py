@@ -10,14 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.cache import Cache, init_cache
+from optjax.cache import cache_dtype as as_cache_dtype
+from optjax.generation.chunks import as_chunk_size, read
+from optjax.generation.prefix import Prefix, check_prefix, continued
 from optjax.heads import lm_logits
 from optjax.model import Inputs, decoder
 from optjax.params import Params
-from optjax.validate import as_array, as_ids, as_mask, check_params, check_positions, check_range, is_concrete
+from optjax.validate import (
+    as_array,
+    as_ids,
+    as_mask,
+    check_params,
+    check_positions,
+    check_range,
+    check_rows_not_empty,
+    is_concrete,
+)
 
 
 def prefill(
-    params: Params, ids: Any, attention_mask: Any = None, *, max_length: int | None = None, cache: Cache | None = None
+    params: Params,
+    ids: Any,
+    attention_mask: Any = None,
+    *,
+    max_length: int | None = None,
+    cache: Cache | None = None,
+    prefix: Prefix | None = None,
+    cache_dtype: Any = None,
+    prefill_chunk_size: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Reads a prompt: the next token's logits ``[B, V]`` in float32, and the cache that holds the prompt.
 
@@ -27,6 +47,9 @@ def prefill(
       max_length: columns of a new cache: T and all the tokens to come.
       cache: or a cache to go on with, which is donated: a prompt may be read in chunks. Rows padded on the left may
         then have none but padding in the first chunks; their logits say nothing yet.
+      prefix: from `read_prefix`; the new cache begins with its columns, which come on top of max_length.
+      cache_dtype: of a new cache; see `Options`.
+      prefill_chunk_size: read so many columns at a time at most, in one program.
 
     Raises:
       ValueError: ids, mask, cache or lengths that do not fit.
@@ -39,6 +62,13 @@ def prefill(
     check_rows_not_empty(mask, cache)
     if (cache is None) == (max_length is None):
         raise ValueError("give either max_length, for a new cache, or cache")
+    if cache is not None and (prefix is not None or cache_dtype is not None):
+        raise ValueError("prefix and cache_dtype are of a new cache: give max_length, not cache")
+    if prefix is not None:
+        _check_after(params, prefix, ids, mask)
+        if cache_dtype is not None and as_cache_dtype(cache_dtype) != prefix.cache.dtype:
+            raise ValueError(f"cache_dtype {cache_dtype} is not that of the prefix, {prefix.cache.dtype}; leave it out")
+    chunk_size = as_chunk_size(prefill_chunk_size)
     columns = 0
     if cache is None:
         if not isinstance(max_length, int | np.integer):
@@ -46,10 +76,24 @@ def prefill(
         if max_length < ids.shape[1]:
             raise ValueError(f"max_length {max_length} is less than the {ids.shape[1]} columns of the prompt")
         columns = int(max_length)
+    if prefix is not None:
+        return _prefill_after(params, ids, mask, prefix, columns, chunk_size)
     check_positions(params.config, mask, None, cache, ids.shape)
     if cache is None:
-        cache = init_cache(params, ids.shape[0], columns)
-    return _prefill(params, ids, mask, cache)
+        cache = init_cache(params, ids.shape[0], columns, cache_dtype)
+    return _prefill(params, ids, mask, cache, chunk_size)
+
+
+def _check_after(params: Params, prefix: Any, ids: Any, mask: Any) -> None:
+    """ValueError where a prompt does not fit after its prefix."""
+    lengths = check_prefix(params, prefix, ids.shape[0])
+    if mask is None or is_concrete(mask):
+        lengths = lengths + (ids.shape[1] if mask is None else np.asarray(mask).sum(1))
+    limit = params.config.max_position_embeddings
+    if lengths.max() > limit:
+        raise ValueError(
+            f"{lengths.max()} tokens in a row, its prefix included, are more than max_position_embeddings = {limit}"
+        )
 
 
 def decode_step(params: Params, ids: Any, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -72,17 +116,25 @@ def decode_step(params: Params, ids: Any, cache: Cache) -> tuple[jax.Array, Cach
     return _decode_step(params, ids.astype(jnp.int32), cache)
 
 
-@partial(jax.jit, donate_argnames="cache")
-def _prefill(params: Params, ids, mask, cache: Cache) -> tuple[jax.Array, Cache]:
-    out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache))
-    x = out.last_hidden_state
+@partial(jax.jit, donate_argnames="cache", static_argnames="chunk_size")
+def _prefill(params: Params, ids, mask, cache: Cache, chunk_size: int | None = None) -> tuple[jax.Array, Cache]:
+    return _logits_after(params, ids, mask, cache, chunk_size)
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _prefill_after(params: Params, ids, mask, prefix: Prefix, columns: int, chunk_size: int | None):
+    return _logits_after(params, ids, mask, continued(params, prefix, ids.shape[0], columns), chunk_size)
+
+
+def _logits_after(params: Params, ids, mask, cache: Cache, chunk_size: int | None) -> tuple[jax.Array, Cache]:
+    x, cache = read(params, ids, mask, cache, chunk_size)
     if mask is None:
         last = x[:, -1]
     else:
         t = x.shape[1]
         column = jnp.max(jnp.where(mask, jnp.arange(t), 0), axis=1)
         last = jnp.take_along_axis(x, column[:, None, None], axis=1)[:, 0]
-    return lm_logits(params, last), _has_cache(out.cache)
+    return lm_logits(params, last), cache
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -94,23 +146,5 @@ def next_logits(params: Params, ids: jax.Array, active: jax.Array | None, cache:
     """`decode_step` for use inside compiled programs; a row that is not ``active`` ``[B]`` takes no position."""
     mask = None if active is None else active[:, None]
     out = decoder(params, Inputs(ids=ids[:, None], mask=mask, cache=cache))
-    return lm_logits(params, out.last_hidden_state[:, 0]), _has_cache(out.cache)
-
-
-def check_rows_not_empty(mask: Any | None, cache: Cache | None = None) -> None:
-    """ValueError if a row has no real token; of a prompt read in chunks, none after its first ones."""
-    if mask is None or not is_concrete(mask) or (cache is not None and not is_concrete(cache.lengths)):
-        return
-    empty = ~np.asarray(mask).any(1)
-    if cache is None:
-        advice = "give each row a token, such as the BOS token"
-    else:
-        empty &= np.asarray(cache.lengths) > 0
-        advice = "pad chunked prompts on the left, where the logits of every row are those after its last token"
-    if empty.any():
-        raise ValueError(f"attention_mask is all 0 in row {int(empty.argmax())}: {advice}")
-
-
-def _has_cache(cache: Cache | None) -> Cache:
-    assert cache is not None  # the decoder returns one where it was given one
-    return cache
+    assert out.cache is not None  # the decoder returns one where it was given one
+    return lm_logits(params, out.last_hidden_state[:, 0]), out.cache

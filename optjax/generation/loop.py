@@ -12,18 +12,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from optjax.cache import Cache, init_cache, reorder_cache
+from optjax.cache import Cache, reorder_cache
 from optjax.generation.aligned import right_aligned
 from optjax.generation.contrastive import Ahead, look_ahead, new_context
 from optjax.generation.decode import next_logits
 from optjax.generation.draw import draw, most_probable
 from optjax.generation.guidance import guide, twice, with_other_branch
 from optjax.generation.history import History, new_history
+from optjax.generation.prefix import before, states_before
 from optjax.generation.processors import process
+from optjax.generation.prompt import read_prompts
 from optjax.generation.settings import Settings
 from optjax.generation.stop_strings import find_stops
 from optjax.heads import lm_logits
-from optjax.model import Inputs, decoder
 from optjax.params import Params, unstack_layers
 from optjax.placed import constrain, platform
 
@@ -114,11 +115,11 @@ def start(params: Params, ids, mask, settings: Settings, key, room: int) -> Stat
     b = ids.shape[0]
     with jax.named_scope("prefill"):
         all_ids, all_mask = with_other_branch(settings.guidance, ids, mask)
-        extra = settings.contrastive.candidates if settings.contrastive else 0
-        cache = init_cache(params, all_ids.shape[0], all_ids.shape[1] + room + extra)
-        out = decoder(params, Inputs(ids=all_ids, mask=all_mask, cache=cache))
-        logits, cache = lm_logits(params, out.last_hidden_state[:, -1]), out.cache
-    assert cache is not None  # the decoder returns one where it was given one
+        search = settings.contrastive
+        extra = search.candidates if search else 0
+        hidden, cache = read_prompts(params, settings, all_ids, all_mask, room + extra, keep=search is not None)
+        logits = lm_logits(params, hidden[:, -1])
+    ids, mask = right_aligned(*before(settings.prefix, ids, mask))
     if settings.num_return_sequences > 1:
         rows = jnp.repeat(jnp.arange(b), settings.num_return_sequences)
         of_branches = rows if settings.guidance is None else jnp.concatenate([rows, b + rows])
@@ -126,7 +127,7 @@ def start(params: Params, ids, mask, settings: Settings, key, room: int) -> Stat
         ids, mask = ids[rows], mask[rows]
     history = new_history(ids, mask, room, params.config.vocab_size, settings)
     done = jnp.zeros(ids.shape[0], bool)
-    ahead = Ahead(logits, new_context(out.last_hidden_state, room)) if settings.contrastive else None
+    ahead = Ahead(logits, new_context(states_before(settings.prefix, hidden), room)) if search else None
     return _choose(params, settings, key, cache, history, done, logits, ahead)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from optjax.generation.prefix import Prefix
     from optjax.params import Params
 
 
@@ -77,6 +78,13 @@ class Options(TypedDict, total=False):
         beam search, Vijayakumar et al. 2016). 1 is off. Of several end-of-sequence ids the first is then written.
       diversity_penalty: of groups: taken from a token's log-probability for each beam of the groups before that says it
         at the same step.
+      cache_dtype: of the keys and values that are kept; ``"int8"`` (with a scale for each head of each token) takes
+        about half of bfloat16's memory. The params' by default, or that of the prefix.
+      prefill_chunk_size: read prompts so many columns at a time, at most: what a long one takes beside its keys and
+        values is then that of a chunk. All at once by default.
+      prefix: from `read_prefix`: what stands before the prompts, all of them or each one, and need not be read again.
+        ``ids`` are what follows it. Score processors and stop strings see it as part of the prompts, and an
+        assistant_model, which has not read it, reads it with them; a negative prompt stands alone.
       penalty_alpha: contrastive search (Su et al. 2022): of the top_k most probable tokens, 2 at least, the one with
         the most of (1 - penalty_alpha) × its probability - penalty_alpha × its likeness to what the row holds. 0 is
         off.
@@ -124,4 +132,7 @@ class Options(TypedDict, total=False):
     early_stopping: bool | str
     num_beam_groups: int
     diversity_penalty: float
+    cache_dtype: Any
+    prefill_chunk_size: int | None
+    prefix: Prefix | None
     penalty_alpha: float | None

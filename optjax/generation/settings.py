@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from optjax.cache import cache_dtype
 from optjax.config import OPTConfig
 from optjax.generation.guidance import Guidance
 from optjax.generation.options import Options
+from optjax.generation.prefix import Prefix
 from optjax.generation.reader import Reader
 from optjax.generation.search import Beams, Contrastive, read_search
 from optjax.generation.speculation import Speculation, read_speculation
@@ -51,6 +53,7 @@ from optjax.generation.stop_strings import StopTable, stop_table
         "eta_cutoff",
         "beams",
         "contrastive",
+        "prefix",
     ],
     meta_fields=[
         "do_sample",
@@ -62,6 +65,8 @@ from optjax.generation.stop_strings import StopTable, stop_table
         "num_return_sequences",
         "output_logprobs",
         "output_scores",
+        "cache_dtype",
+        "prefill_chunk_size",
     ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Settings:
       stop: what each token does to the search for stop_strings.
       speculation: how tokens are guessed; None for one token a pass.
       guidance: the other branch of classifier-free guidance, if any.
+      prefix: what stands before all prompts, read before.
     """
 
     eos_ids: Any
@@ -105,6 +111,7 @@ class Settings:
     eta_cutoff: Any = None
     beams: Beams | None = None
     contrastive: Contrastive | None = None
+    prefix: Prefix | None = None
     do_sample: bool = False
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
@@ -114,6 +121,8 @@ class Settings:
     num_return_sequences: int = 1
     output_logprobs: bool = False
     output_scores: bool = False
+    cache_dtype: Any = None
+    prefill_chunk_size: int | None = None
 
     @property
     def candidates(self) -> int:
@@ -158,6 +167,9 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         logits_processor=read.functions("logits_processor"),
         speculation=read_speculation(read, config),
         guidance=_guidance(read, any(search.values())),
+        cache_dtype=_cache_dtype(read),
+        prefill_chunk_size=_chunk_size(read),
+        prefix=options.get("prefix"),
         **_repetition(read, config),
         **_sequences(read, eos_ids),
         **search,
@@ -189,6 +201,24 @@ def _guidance(read: Reader, searches: bool) -> Guidance | None:
 
 def _given(read: Reader, name: str) -> bool:
     return read.options.get(name) is not None
+
+
+def _cache_dtype(read: Reader) -> Any:
+    if not _given(read, "cache_dtype"):
+        return None
+    prefix = read.options.get("prefix")
+    try:
+        dtype = cache_dtype(read.options["cache_dtype"])
+    except ValueError as error:
+        read.problems.append(f"cache_dtype: {error}")
+        return None
+    if isinstance(prefix, Prefix) and prefix.cache.dtype != dtype:
+        read.problems.append(f"cache_dtype {dtype} is not that of the prefix, {prefix.cache.dtype}; leave it out")
+    return dtype
+
+
+def _chunk_size(read: Reader) -> int | None:
+    return read.count("prefill_chunk_size", 1, low=1) if _given(read, "prefill_chunk_size") else None
 
 
 def _sampling(read: Reader, config: OPTConfig) -> dict[str, Any]:

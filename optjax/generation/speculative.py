@@ -24,9 +24,11 @@ import jax.numpy as jnp
 from optjax.cache import Cache, init_cache, reorder_cache
 from optjax.generation.accept import accept_draws, accept_greedy
 from optjax.generation.aligned import right_aligned
+from optjax.generation.chunks import read
 from optjax.generation.draw import draw, most_probable
 from optjax.generation.history import History
 from optjax.generation.loop import Choice, start
+from optjax.generation.prefix import before
 from optjax.generation.processors import process
 from optjax.generation.prompt_lookup import look_up
 from optjax.generation.settings import Settings
@@ -92,11 +94,11 @@ def begin(params: Params, ids, mask, settings: Settings, key, max_new_tokens, *,
     draft_cache = None
     if spec.assistant is not None:
         with jax.named_scope("prefill_assistant"):
-            ids, mask = right_aligned(ids, mask)
+            # It has not read the prefix.
+            ids, mask = right_aligned(*before(settings.prefix, *right_aligned(ids, mask)))
             b, t = ids.shape
-            empty = init_cache(spec.assistant, b, t + columns)
-            draft_cache = decoder(spec.assistant, Inputs(ids=ids, mask=mask, cache=empty)).cache
-            assert draft_cache is not None
+            empty = init_cache(spec.assistant, b, t + columns, settings.cache_dtype)
+            _, draft_cache = read(spec.assistant, ids, mask, empty, settings.prefill_chunk_size, keep=False)
             if settings.num_return_sequences > 1:
                 draft_cache = reorder_cache(draft_cache, jnp.repeat(jnp.arange(b), settings.num_return_sequences))
     made = jax.tree.map(lambda x: jnp.zeros((x.shape[0], room, *x.shape[1:]), x.dtype), state.choice)
