@@ -131,13 +131,14 @@ def test_weights_take_what_their_shardings_say(rules: str, architecture: str):
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_the_cache_takes_what_its_shardings_say(rules: str, batch: int):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_cache_takes_what_its_shardings_say(rules: str, batch: int, dtype: str):
     from optjax.sharding.plan.generation import abstract_cache
 
     c, mesh = config(), make_mesh(MESHES[rules])
     params = optjax.abstract_params(c, jnp.bfloat16, mesh=mesh, rules=rules)
-    cache = abstract_cache(c, params.placement, batch, 16, "bfloat16")
-    ours = analytic.cache_bytes(c, splits(MESHES[rules], rules), batch, 16, 2)
+    cache = abstract_cache(c, params.placement, batch, 16, dtype)
+    ours = analytic.cache_bytes(c, splits(MESHES[rules], rules), batch, 16, analytic.cache_width(c, dtype))
     assert ours == bytes_per_device((cache.keys, cache.values))
 
 
@@ -184,6 +185,8 @@ def test_decoding_reads_weights_and_cache():
     work = analytic.decoding(c, splits(), batch=8, cache_length=2048)
     assert work.memory["weights"] == 2 * optjax.count_params(c)
     assert work.memory["cache"] == 8 * 2048 * 192 * 1024  # 192 KiB a token
+    codes = analytic.decoding(c, splits(), batch=8, cache_length=2048, cache_width=analytic.cache_width(c, "int8"))
+    assert codes.memory["cache"] == 8 * 2048 * (96 + 6) * 1024  # and a float32 for each head of 64 numbers
     times = roofline(t, work)
     # 5.85 GB at 819 GB/s.
     assert times.bound == "memory" and times.floor == pytest.approx(7.14e-3, rel=0.01)

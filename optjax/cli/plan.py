@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate = parser.add_argument_group("to generate").add_argument
     generate("--prompt", type=count, metavar="N", help="tokens read at once (default: 512)")
     generate("--cache-length", type=count, metavar="N", help="columns of the cache (default: 2048)")
+    generate("--cache-dtype", choices=("bfloat16", "float32", "int8"), help="of the cache (default: that of --dtype)")
 
     text = "try meshes, rules, remat policies and micro-batches, and rank what fits; options that are given stay"
     add("--search", action="store_true", help=text)
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _OPTIONS = ("batch", "dtype", "length", "micro_batches", "remat", "moments_dtype", "moments_memory", "query_block")
-_OPTIONS += ("loss_chunks", "dropout", "prompt", "cache_length")
+_OPTIONS += ("loss_chunks", "dropout", "prompt", "cache_length", "cache_dtype")
 
 
 def run(arguments: argparse.Namespace) -> int:

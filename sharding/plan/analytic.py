@@ -132,7 +132,16 @@ def training(config: OPTConfig, splits: Splits, options: Training) -> Work:
     return Work(3 * forward, flops, hbm, memory, tokens)
 
 
-def prefill(config: OPTConfig, splits: Splits, *, batch: int, length: int, cache_length: int, width: int = 2) -> Work:
+def prefill(
+    config: OPTConfig,
+    splits: Splits,
+    *,
+    batch: int,
+    length: int,
+    cache_length: int,
+    width: int = 2,
+    cache_width: float | None = None,
+) -> Work:
     """Reading prompts of ``length`` tokens into an empty cache; logits of the last one only."""
     tokens = batch * length
     own = tokens / splits.parts(batch, "batch") / splits.parts(length, "length")
@@ -140,19 +149,27 @@ def prefill(config: OPTConfig, splits: Splits, *, batch: int, length: int, cache
     model += 2 * batch * config.vocab_size * config.embed_dim
     flops = layer_flops(config, splits, own, own * cache_length)
     flops += 2 * (batch / splits.parts(batch, "batch")) * config.vocab_size * config.embed_dim / splits.shards("vocab")
-    memory = _serving(config, splits, batch, cache_length, width)
+    memory = _serving(config, splits, batch, cache_length, width, cache_width)
     hbm = used_bytes(config, splits, width) + _activation_traffic(config, splits, own, cache_length, width)
     hbm += memory["cache"] * length / cache_length
     return Work(model, flops, hbm, memory, tokens)
 
 
-def decoding(config: OPTConfig, splits: Splits, *, batch: int, cache_length: int, width: int = 2) -> Work:
+def decoding(
+    config: OPTConfig,
+    splits: Splits,
+    *,
+    batch: int,
+    cache_length: int,
+    width: int = 2,
+    cache_width: float | None = None,
+) -> Work:
     """One token for each row, over a full cache."""
     own = batch / splits.parts(batch, "batch")
     model = token_flops(config) * batch + attention_flops(config, batch * cache_length)
     flops = layer_flops(config, splits, own, own * cache_length) + _projection_flops(config, own)
     flops += 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
-    memory = _serving(config, splits, batch, cache_length, width)
+    memory = _serving(config, splits, batch, cache_length, width, cache_width)
     return Work(model, flops, used_bytes(config, splits, width) + memory["cache"], memory, batch)
 
 
@@ -192,10 +209,15 @@ def used_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
     return sum(_share(w, splits, tokens) * _copies(config, w) for w in read) * width
 
 
-def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, width: int) -> int:
+def cache_width(config: OPTConfig, dtype: str) -> float:
+    """Bytes of a number in a cache; of int8 with its share of a scale."""
+    return 1 + 4 / config.head_dim if dtype == "int8" else WIDTHS[dtype]
+
+
+def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, width: float) -> int:
     """Of keys and values on one device."""
     parts = splits.parts(batch, "batch") * splits.shards("heads") * splits.parts(length, "cache_length")
-    return 2 * config.num_hidden_layers * batch * length * config.hidden_size * width // parts
+    return int(2 * config.num_hidden_layers * batch * length * config.hidden_size * width) // parts
 
 
 def _share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:
@@ -234,6 +256,8 @@ def _kept_bytes(config: OPTConfig, splits: Splits, o: Training) -> float:
     return config.num_hidden_layers * values * o.compute
 
 
-def _serving(config: OPTConfig, splits: Splits, batch: int, length: int, width: int) -> dict[str, int]:
-    cache = cache_bytes(config, splits, batch, length, width)
+def _serving(
+    config: OPTConfig, splits: Splits, batch: int, length: int, width: int, cache_width: float | None
+) -> dict[str, int]:
+    cache = cache_bytes(config, splits, batch, length, width if cache_width is None else cache_width)
     return {"weights": stored_bytes(config, splits, width), "cache": cache}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optjax.cache import Cache, cache_axes, default_layout, init_cache
+from optjax.cache import Cache, cache_axes, default_layout, init_cache, map_columns, scale_axes
 from optjax.config import OPTConfig
 from optjax.generation.decode import _decode_step, _prefill
 from optjax.params import abstract_params
@@ -24,10 +25,11 @@ def generation_programs(
     prompt: int,
     cache_length: int,
     dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
 ) -> list[Program]:
     """Prefill of ``prompt`` tokens and a decode step, of ``batch`` rows with caches of ``cache_length`` columns."""
     params = abstract_params(config, jnp.dtype(dtype), mesh=placement.mesh, rules=dict(placement.rules))
-    cache = abstract_cache(config, placement, batch, cache_length, dtype)
+    cache = abstract_cache(config, placement, batch, cache_length, cache_dtype or dtype)
     groups = {"weights": params, "cache": (cache.keys, cache.values)}
 
     def ids(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -50,11 +52,12 @@ def abstract_cache(config: OPTConfig, placement: Placement, batch: int, length: 
     def place(leaf: Any, axes: tuple[str | None, ...]) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.fitting(leaf.shape, axes))
 
-    return Cache(
-        keys=tuple(place(leaf, axes) for leaf in empty.keys),
-        values=tuple(place(leaf, axes) for leaf in empty.values),
+    def place_columns(leaf: Any, axis: int) -> Any:
+        return place(leaf, axes if axis == -2 else scale_axes(leaf.shape))
+
+    return dataclasses.replace(
+        map_columns(place_columns, empty),
         mask=place(empty.mask, ("batch", None)),
         lengths=place(empty.lengths, ("batch",)),
         index=place(empty.index, ()),
-        layout=layout,
     )

@@ -178,7 +178,7 @@ def plan(
       **options: to train: ``batch`` rows (by default as in the paper) of ``length`` tokens, in ``micro_batches``
         (``"auto"``: as many as cost no time), and the other levers of a step, ``remat``, ``dtype`` (computed with),
         ``moments_dtype``, ``moments_memory``, ``query_block``, ``loss_chunks``, ``dropout``. To generate: ``batch``
-        rows, ``prompt`` tokens read at once, ``cache_length``, ``dtype``.
+        rows, ``prompt`` tokens read at once, ``cache_length``, ``dtype``, ``cache_dtype``.
 
     Raises:
       ValueError: something is unknown, or does not fit together.

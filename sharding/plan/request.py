@@ -56,7 +56,8 @@ class Request:
         o, splits = self.options, self.splits
         width = analytic.WIDTHS[o["dtype"]]
         if self.job == "generate":
-            shape = {"batch": o["batch"], "cache_length": o["cache_length"], "width": width}
+            of_cache = analytic.cache_width(self.config, o["cache_dtype"] or o["dtype"])
+            shape = {"batch": o["batch"], "cache_length": o["cache_length"], "width": width, "cache_width": of_cache}
             return {
                 "prefill": analytic.prefill(self.config, splits, length=o["prompt"], **shape),
                 "decode step": analytic.decoding(self.config, splits, **shape),
@@ -144,7 +145,8 @@ def make_request(
 def _defaults(config: OPTConfig, job: str) -> dict[str, Any]:
     positions = config.max_position_embeddings
     if job == "generate":
-        return {"batch": 1, "prompt": min(512, positions), "cache_length": min(2048, positions), "dtype": "bfloat16"}
+        lengths = {"prompt": min(512, positions), "cache_length": min(2048, positions)}
+        return {"batch": 1, **lengths, "dtype": "bfloat16", "cache_dtype": None}
     length = min(2048, positions)
     return {
         "batch": max(1, _PAPER_TOKENS.get(config.hidden_size, 2**21) // length),
@@ -162,6 +164,7 @@ def _defaults(config: OPTConfig, job: str) -> dict[str, Any]:
 
 _CHOICES = {
     "dtype": ("bfloat16", "float32", "float16"),
+    "cache_dtype": ("bfloat16", "float32", "float16", "int8"),
     "moments_dtype": ("float32", "bfloat16"),
     "moments_memory": ("device", "host"),
 }
@@ -178,7 +181,7 @@ def _checked(config: OPTConfig, job: str, options: Mapping[str, Any]) -> dict[st
     for name, value in chosen.items():
         allowed = tuple(analytic.REMAT) if name == "remat" else _CHOICES.get(name)
         if allowed is not None:
-            if value not in allowed:
+            if value not in allowed and (name, value) != ("cache_dtype", None):
                 raise ValueError(f"{name} should be one of {', '.join(allowed)}, not {value!r}")
         elif name == "dropout":
             if not isinstance(value, int | float) or not 0 <= value < 1:
