@@ -29,7 +29,7 @@ import numpy as np
 from optjax.cache_codes import Buffer, Codes, encode, map_buffer
 from optjax.config import OPTConfig
 from optjax.params import Params, floating_dtype
-from optjax.placed import platform
+from optjax.placed import constrain, platform
 
 LAYOUTS = ("heads", "flat")
 
@@ -187,6 +187,20 @@ def map_columns(function: Callable[[jax.Array, int], jax.Array], cache: Cache) -
     """The cache with a function of an array, and its axis of columns, on each array of keys and values."""
     keys, values = (tuple(map_buffer(function, each) for each in layers) for layers in (cache.keys, cache.values))
     return dataclasses.replace(cache, keys=keys, values=values)
+
+
+def grow_cache(cache: Cache, columns: int, placement: Any = None) -> Cache:
+    """The cache with so many columns, the new ones empty: a copy."""
+    more = columns - cache.max_length
+    axes = cache_axes(cache.layout, cache.batch_size)
+
+    def grow(buffer: jax.Array, axis: int) -> jax.Array:
+        ends = [(0, 0)] * buffer.ndim
+        ends[axis] = (0, more)
+        return constrain(placement, jnp.pad(buffer, ends), *(axes if axis == -2 else scale_axes(buffer.shape)))
+
+    mask = constrain(placement, jnp.pad(cache.mask, ((0, 0), (0, more))), "batch", None)
+    return dataclasses.replace(map_columns(grow, cache), mask=mask)
 
 
 def keep_one_column(cache: Cache, chosen: jax.Array, n: int) -> Cache:

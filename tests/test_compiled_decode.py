@@ -23,9 +23,9 @@ D, LAYERS = CONFIG.hidden_size, CONFIG.num_hidden_layers
 COLUMNS = 1088
 
 
-def buffer_size(rows: int) -> int:
+def buffer_size(rows: int, columns: int = COLUMNS) -> int:
     """Elements of the keys or values of one layer."""
-    return rows * COLUMNS * D
+    return rows * columns * D
 
 
 def compile_step(rows: int, dtype=None):
@@ -34,9 +34,9 @@ def compile_step(rows: int, dtype=None):
     return _decode_step.lower(params, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile()
 
 
-def compile_loop(rows: int, **options):
+def compile_loop(rows: int, room: int = 64, **options):
     settings = as_settings(CONFIG, options)
-    new = 64
+    new = room
     if settings.beams:
         new *= settings.beams.num_beams
     if settings.contrastive:
@@ -47,7 +47,7 @@ def compile_loop(rows: int, **options):
     key = jax.eval_shape(lambda: jax.random.key(0)) if settings.do_sample else None
     number = jax.ShapeDtypeStruct((), jnp.int32)
     params = optjax.abstract_params(CONFIG)
-    return run.lower(params, ids, mask, settings, key, number, room=64).compile()
+    return run.lower(params, ids, mask, settings, key, number, room=room).compile()
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -76,15 +76,17 @@ def large_results(lines: list[str], least: int) -> list[tuple[str, int, str]]:
     return made
 
 
-def check_body(lines: list[str], every: dict[str, list[str]], rows: int, times: int = 1) -> None:
+def check_body(
+    lines: list[str], every: dict[str, list[str]], rows: int, times: int = 1, columns: int = COLUMNS
+) -> None:
     """Of results as large as a weight or a buffer there are the writes of keys and values, one (or ``times``) each a
     layer."""
-    least = min(D * D, buffer_size(rows))
+    least = min(D * D, buffer_size(rows, columns))
     writes = 0
     for operation, size, line in large_results(lines, least):
         called = re.search(r"calls=(%[\w.]+)", line)
         steps = large_results(every[called[1]], least) if called else [(operation, size, line)]
-        is_write = [step[:2] for step in steps] == [("dynamic-update-slice", buffer_size(rows))]
+        is_write = [step[:2] for step in steps] == [("dynamic-update-slice", buffer_size(rows, columns))]
         assert is_write, f"not a write: {line[:250]}"
         writes += 1
     assert writes == 2 * LAYERS * times, f"{writes} writes of keys and values in {LAYERS} layers"
@@ -142,6 +144,19 @@ def test_loop_of_generate(rows, options):
     body = re.search(r"body=(%[\w.]+)", loop)
     assert body is not None
     check_body(every[body[1]], every, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_long_loop_begins_with_a_small_cache(rows):
+    """Two loops, over half of the columns and over all, and neither copies a buffer."""
+    every = computations(compile_loop(rows, room=1024).as_text())
+    loops = [line for line in every["ENTRY"] if re.search(r" while\(", line) and "prefill" not in line]
+    for columns in (COLUMNS // 2, COLUMNS):
+        buffer = f"f32[{CONFIG.num_attention_heads},{columns},64]" if rows == 1 else f",{columns},64]"
+        [loop] = [line for line in loops if buffer in line]
+        body = re.search(r"body=(%[\w.]+)", loop)
+        assert body is not None
+        check_body(every[body[1]], every, rows, columns=columns)
 
 
 # Of contrastive search the candidates' columns are written, then the chosen one's.

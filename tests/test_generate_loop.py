@@ -11,7 +11,8 @@ from generation_helpers import CONFIG, make_pair, pad, random_prompts
 
 import optjax
 from optjax.cache import reorder_cache
-from optjax.generation.api import bucket
+from optjax.generation import stages
+from optjax.generation.buckets import bucket
 from optjax.generation.loop import run_generate
 from optjax.generation.settings import as_settings
 
@@ -280,3 +281,27 @@ def test_half_precision(dtype, params, prompts):
     assert (logits.max(-1) - chosen)[~ended].max() < 0.05 * np.abs(logits).max()
     streamed = np.stack(list(optjax.stream(half, ids, mask, max_new_tokens=8)), axis=1)
     np.testing.assert_array_equal(streamed, new[:, : streamed.shape[1]])
+
+
+@pytest.mark.parametrize(
+    "rows, options",
+    [
+        (1, dict(cache_dtype="int8", eos_token_id=[])),
+        (3, dict(do_sample=True, num_return_sequences=2, key=jax.random.key(1), eos_token_id=[4])),
+        (3, dict(penalty_alpha=0.6, top_k=3, eos_token_id=[])),
+        (2, dict(guidance_scale=1.5, negative_prompt_ids=np.arange(40).reshape(2, 20), eos_token_id=[])),
+    ],
+    ids=["greedy", "drawn", "contrastive", "guided"],
+)
+def test_a_cache_that_grows_says_the_same(rows, options, params, monkeypatch):
+    """In two stages, with a prompt after a prefix; then in one."""
+    ids = np.random.default_rng(rows).integers(0, V, (rows, 3))
+    prefix = optjax.read_prefix(params, np.arange(5)[None], cache_dtype=options.get("cache_dtype"))
+    made = []
+    for columns, sizes in ((20, [40, 80]), (512, [80])):
+        monkeypatch.setattr(stages, "COLUMNS", columns)
+        monkeypatch.setattr(stages, "STEPS", 4)
+        assert stages.stages(params, 33, 80) == sizes
+        jax.clear_caches()
+        made.append(new_tokens(params, ids, max_new_tokens=40, prefix=prefix, **options))
+    np.testing.assert_array_equal(*made)

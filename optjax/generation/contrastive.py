@@ -53,7 +53,9 @@ def look_ahead(
     assert out.cache is not None  # the decoder returns one where it was given one
     hidden = out.last_hidden_state
     likeness = jnp.einsum("bke,bse->bks", _directions(hidden), context, preferred_element_type=jnp.float32)
-    said = visible[:, :1, : context.shape[1]] & (jnp.arange(context.shape[1]) < history.count)
+    said = (visible[:, :1] & (jnp.arange(cache.max_length) < history.count))[:, :, : context.shape[1]]
+    # The cache may have fewer columns as yet: see stages.py.
+    said = jnp.pad(said, ((0, 0), (0, 0), (0, context.shape[1] - said.shape[2])))
     degeneration = jnp.where(said, likeness, -jnp.inf).max(-1)
     chosen = jnp.argmax((1 - search.penalty_alpha) * probability - search.penalty_alpha * degeneration, axis=-1)
     rows = jnp.arange(b)

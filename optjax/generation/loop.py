@@ -23,6 +23,7 @@ from optjax.generation.prefix import before, states_before
 from optjax.generation.processors import process
 from optjax.generation.prompt import read_prompts
 from optjax.generation.settings import Settings
+from optjax.generation.stages import loop_in_stages, stages
 from optjax.generation.stop_strings import find_stops
 from optjax.heads import lm_logits
 from optjax.params import Params, unstack_layers
@@ -84,7 +85,10 @@ def run_generate(
     if platform(params.placement) == "cpu":
         # There a slice of stacked weights is a copy: once here, rather than at every step.
         params = unstack_layers(params)
-    state = start(params, ids, mask, settings, key, room)
+    width = 1 if settings.contrastive is None else settings.contrastive.candidates
+    filled = ids.shape[1] + (0 if settings.prefix is None else settings.prefix.columns)
+    sizes = stages(params, filled + width, filled + columns_for(settings, room))
+    state = start(params, ids, mask, settings, key, room, sizes[0] - filled)
 
     def put(made, choice: Choice, step):
         return jax.tree.map(lambda steps, x: steps.at[:, step].set(x), made, choice)
@@ -102,22 +106,40 @@ def run_generate(
         state = advance(params, settings, key, state)
         return step + 1, state, put(made, state.choice, step)
 
-    steps, _, made = jax.lax.while_loop(more, body, (jnp.int32(1), state, put(blank, state.choice, 0)))
+    carry = jnp.int32(1), state, put(blank, state.choice, 0)
+    steps, _, made = loop_in_stages(
+        params,
+        sizes,
+        more,
+        body,
+        carry,
+        cache_of=lambda carry: carry[1].cache,
+        with_cache=lambda carry, cache: (carry[0], dataclasses.replace(carry[1], cache=cache), carry[2]),
+        width=width,
+    )
     # Whole on every device, so that every process can read them.
     made = jax.tree.map(lambda x: constrain(params.placement, x, *(None,) * x.ndim), made)
     # Contrastive search reads the last token, too.
     return made, steps + (settings.contrastive is not None)
 
 
-def start(params: Params, ids, mask, settings: Settings, key, room: int) -> State:
-    """Reads prompts ``[B, T]`` and chooses the first token of each row; ``room`` tokens fit in all."""
+def columns_for(settings: Settings, room: int) -> int:
+    """The columns that ``room`` tokens take; contrastive search writes its candidates after them."""
+    return room + (settings.contrastive.candidates if settings.contrastive else 0)
+
+
+def start(params: Params, ids, mask, settings: Settings, key, room: int, columns: int | None = None) -> State:
+    """Reads prompts ``[B, T]`` and chooses the first token of each row.
+
+    ``room`` tokens fit in all, or as many as go into ``columns`` until the cache is grown.
+    """
     ids, mask = right_aligned(ids, mask)
     b = ids.shape[0]
     with jax.named_scope("prefill"):
         all_ids, all_mask = with_other_branch(settings.guidance, ids, mask)
         search = settings.contrastive
-        extra = search.candidates if search else 0
-        hidden, cache = read_prompts(params, settings, all_ids, all_mask, room + extra, keep=search is not None)
+        columns = columns_for(settings, room) if columns is None else columns
+        hidden, cache = read_prompts(params, settings, all_ids, all_mask, columns, keep=search is not None)
         logits = lm_logits(params, hidden[:, -1])
     ids, mask = right_aligned(*before(settings.prefix, ids, mask))
     if settings.num_return_sequences > 1:

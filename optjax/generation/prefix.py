@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.cache import Cache, cache_axes, init_cache, map_columns, reorder_cache, scale_axes
+from optjax.cache import Cache, grow_cache, init_cache, reorder_cache
 from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.aligned import right_aligned
 from optjax.generation.buckets import pad_to_bucket
@@ -116,17 +116,9 @@ def continued(params: Params, prefix: Prefix, rows: int, columns: int, has_prefi
     if has_prefix is not None:
         mask, lengths = cache.mask & has_prefix[:, None], jnp.where(has_prefix, cache.lengths, 0)
         cache = dataclasses.replace(cache, mask=mask, lengths=lengths)
-    axes = cache_axes(cache.layout, rows)
-
-    def grow(buffer: jax.Array, axis: int) -> jax.Array:
-        ends = [(0, 0)] * buffer.ndim
-        ends[axis] = (0, columns)
-        own = axes if axis == -2 else scale_axes(buffer.shape)
-        return constrain(params.placement, jnp.pad(buffer, ends), *own)
-
-    mask = constrain(params.placement, jnp.pad(cache.mask, ((0, 0), (0, columns))), "batch", None)
     lengths = constrain(params.placement, cache.lengths, "batch")
-    return dataclasses.replace(map_columns(grow, cache), mask=mask, lengths=lengths)
+    cache = dataclasses.replace(cache, lengths=lengths)
+    return grow_cache(cache, cache.max_length + columns, params.placement)
 
 
 def before(prefix: Prefix | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
