@@ -93,7 +93,8 @@ def compare(args: argparse.Namespace, name: str, text: str) -> list[dict[str, An
 
     @partial(jax.jit, static_argnames="cached")
     def look(params, batch, *, cached=False):
-        cache = optjax.init_cache(params, *batch.shape, "int8") if cached else None
+        rows, columns = batch.shape
+        cache = optjax.init_cache(params, rows, columns, "int8") if cached else None
         out = optjax.causal_lm(params, batch, labels=batch, cache=cache)
         return out.logits, out.loss
 
