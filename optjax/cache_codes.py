@@ -85,15 +85,21 @@ def value_products(weights: jax.Array, v: Buffer, dtype: Any, in_parts: bool = F
 
 
 def _by_part(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, codes: jax.Array) -> jax.Array:
-    """Of x ``[…, H, T, _]`` and codes ``[…, H, S, K]`` their products in float32, by a few rows and heads at a time."""
-    heads = codes.shape[:-2]
-    n = math.prod(heads)
-    most = max(1, BLOCK // math.prod(codes.shape[-2:]))
-    size = max(each for each in range(1, min(most, n) + 1) if n % each == 0)
+    """Of x ``[…, H, T, _]`` and codes ``[…, H, S, K]`` their products in float32, a few heads of a row at a time.
 
-    def part(each: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return product(each[0].astype(jnp.float32), each[1].astype(jnp.float32))
+    The codes are sliced as they lie: in another shape XLA would write the new column to a buffer for each shape.
+    """
+    *rows, heads, s, k = codes.shape
+    size = max(each for each in range(1, max(1, min(BLOCK // (s * k), heads)) + 1) if heads % each == 0)
+    in_a_row = heads // size
 
-    parts = tuple(y.reshape(n // size, size, *y.shape[-2:]) for y in (x, codes))
-    out = jax.lax.map(part, parts)
-    return out.reshape(*heads, *out.shape[-2:])
+    def place(i: jax.Array) -> tuple[jax.Array | int, ...]:
+        head = i % in_a_row * size
+        return (i // in_a_row, head, 0, 0) if rows else (head, 0, 0)
+
+    def part(i: jax.Array) -> jax.Array:
+        some = (jax.lax.dynamic_slice(y, place(i), (*(1,) * len(rows), size, *y.shape[-2:])) for y in (x, codes))
+        return product(*(y.reshape(size, *y.shape[-2:]).astype(jnp.float32) for y in some))
+
+    out = jax.lax.map(part, jnp.arange(math.prod(rows) * in_a_row))
+    return out.reshape(*rows, heads, *out.shape[-2:])

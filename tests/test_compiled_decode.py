@@ -123,12 +123,14 @@ def _size(shape: str) -> int:
 @pytest.mark.parametrize("rows", [1, 8])
 def test_decode_step_with_an_int8_cache(rows):
     """Codes are written in place, and cast a few heads at a time: never a buffer of them at once."""
-    memory = compile_step(rows, "int8").memory_analysis()
+    compiled = compile_step(rows, "int8")
+    memory = compiled.memory_analysis()
     assert memory is not None
-    assert memory.alias_size_in_bytes >= 2 * LAYERS * (
-        buffer_size(rows) + rows * CONFIG.num_attention_heads * COLUMNS * 4
-    )
-    assert memory.temp_size_in_bytes < 0.4 * buffer_size(rows) + 4 * BLOCK + 4 * D * D
+    scales = rows * CONFIG.num_attention_heads * COLUMNS
+    assert memory.alias_size_in_bytes >= 2 * LAYERS * (buffer_size(rows) + 4 * scales)
+    assert memory.temp_size_in_bytes < 8 * BLOCK
+    every = computations(compiled.as_text())
+    check_body(every["ENTRY"], every, rows)
 
 
 SAMPLED = dict(do_sample=True, top_p=0.9, typical_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=3)
