@@ -73,24 +73,22 @@ def test_a_scale_for_each_head_of_each_token():
 
 
 WAYS = {
-    "greedy": {},
-    "samples": dict(do_sample=True, key=jax.random.key(1), top_k=5, num_return_sequences=2),
-    "beams": dict(num_beams=3),
-    "contrastive": dict(penalty_alpha=0.6, top_k=4),
-    "prompt lookup": dict(prompt_lookup_num_tokens=3),
+    "samples": (1, dict(do_sample=True, key=jax.random.key(1), top_k=5, num_return_sequences=2)),
+    "beams": (1, dict(num_beams=3)),
+    "contrastive": (3, dict(penalty_alpha=0.6, top_k=4)),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_decoding_says_what_it_says_with_floats(way, rows):
+def test_decoding_says_what_it_says_with_floats(way):
     """Rounding moves few tokens: a cache that lost a column, a row or a scale would move most of them."""
+    rows, options = WAYS[way]
     params = optjax.init_params(CONFIG, jax.random.key(1))
     ids = np.random.default_rng(0).integers(3, 48, size=(rows, 9))
     mask = np.ones_like(ids)
     mask[0, :4] = 0
     floats, codes = (
-        np.asarray(optjax.generate(params, ids, mask, max_new_tokens=12, cache_dtype=dtype, **WAYS[way]))[:, 9:]
+        np.asarray(optjax.generate(params, ids, mask, max_new_tokens=12, cache_dtype=dtype, **options))[:, 9:]
         for dtype in (None, "int8")
     )
     assert (floats[:, 0] == codes[:, 0]).all() and (floats == codes).mean() > 0.7
