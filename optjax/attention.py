@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optjax.cache_codes import Buffer, Codes, key_products, value_products
+from optjax.attention_products import key_products, value_products
+from optjax.cache_codes import Buffer, Codes
 
 # Finite, so that a row with every key masked stays finite in every dtype (Hugging Face #17433).
 MASKED = -1e30
@@ -29,7 +30,7 @@ def attend(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     groups: int = 1,
-    in_parts: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[jax.Array, AttentionWeights]:
     """Attention of T queries over S keys.
 
@@ -41,7 +42,7 @@ def attend(
       head_mask: ``[H]``; multiplies each head's weights after the softmax.
       dropout, dropout_key: of the attention weights.
       groups: the number of devices that the heads are split over.
-      in_parts: cast codes a few heads at a time; for a CPU.
+      on_cpu: as XLA's CPU backend does it best; see attention_products.py.
 
     Returns:
       ``[B, T, D]``, and the weights ``[B, H, T, S]`` in float32 (dead code to the compiler where nobody asks for them).
@@ -51,8 +52,8 @@ def attend(
         return weights_of(scores, mask, head_mask, dropout, dropout_key)
 
     if layout == "heads":
-        return attend_heads(q, k, v, weigh, in_parts)
-    return _attend_flat(q, k, v, weigh, groups, in_parts)
+        return attend_heads(q, k, v, weigh, on_cpu)
+    return _attend_flat(q, k, v, weigh, groups, on_cpu)
 
 
 def weights_of(scores, mask, head_mask, dropout, dropout_key, rows=None, columns: int | None = None) -> jax.Array:
@@ -66,13 +67,13 @@ def weights_of(scores, mask, head_mask, dropout, dropout_key, rows=None, columns
     return weights
 
 
-def attend_heads(q, k: Buffer, v: Buffer, weigh, in_parts: bool = False) -> tuple[jax.Array, jax.Array]:
+def attend_heads(q, k: Buffer, v: Buffer, weigh, on_cpu: bool = False) -> tuple[jax.Array, jax.Array]:
     """`attend` in the layout ``"heads"``; ``weigh`` makes weights from scores ``[B, H, T, S]``."""
     b, t, h, d = q.shape
     # Without the batch dimension where k has none: see cache.py.
-    scores = key_products(q.reshape(*k.shape[:-3], t, h, d), k, in_parts)
+    scores = key_products(q.reshape(*k.shape[:-3], t, h, d), k, on_cpu)
     weights = weigh(scores.reshape(b, h, t, -1))
-    out = value_products(weights.reshape(scores.shape), v, q.dtype, in_parts)
+    out = value_products(weights.reshape(scores.shape), v, q.dtype, on_cpu)
     return out.reshape(b, t, h * d), weights
 
 
@@ -87,10 +88,10 @@ def _by_heads(flat: jax.Array, heads: int) -> jax.Array:
     return flat.reshape(*flat.shape[:2], heads, -1).swapaxes(1, 2)
 
 
-def _attend_flat(q, k: Buffer, v: Buffer, weigh, groups: int, in_parts: bool) -> tuple[jax.Array, jax.Array]:
+def _attend_flat(q, k: Buffer, v: Buffer, weigh, groups: int, on_cpu: bool) -> tuple[jax.Array, jax.Array]:
     b, t, h, d = q.shape
     if t > FEW_QUERIES:
-        return attend_heads(q, by_heads(k, h), by_heads(v, h), weigh, in_parts)
+        return attend_heads(q, by_heads(k, h), by_heads(v, h), weigh, on_cpu)
     # A token's query, or those of a few side by side: lay q out block-diagonally, so that the scores of all heads of a
     # device (n = H / G) are one matrix product with its flat keys (c = D / G). It multiplies n times more zeros, on a
     # unit that waits for memory anyway.

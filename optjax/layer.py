@@ -123,18 +123,17 @@ def _self_attention(config: OPTConfig, placement: Any, weights, x, mask, head_ma
         v = write_columns(v_buffer, v, index, layout)
         buffers = (k, v)
     options: dict[str, Any] = dict(head_mask=head_mask, dropout=config.attention_dropout, dropout_key=dropout_key)
-    # XLA's CPU backend would write codes out as they are cast: see cache_codes.py.
-    in_parts = past is not None and platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
+    options["on_cpu"] = platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
     if query_block is None:
         groups = 1 if placement is None else placement.shards("heads")
-        out, attention = attend(q, k, v, mask, layout=layout, groups=groups, in_parts=in_parts, **options)
+        out, attention = attend(q, k, v, mask, layout=layout, groups=groups, **options)
     else:
         attention = None
         options |= dict(block=query_block, interleaved=placement is not None and placement.shards("length") > 1)
         if past is None and t % query_block == 0:
             out = attend_in_blocks(q, k, v, mask, **options)
         else:
-            out = attend_all_keys_in_blocks(q, k, v, mask, layout=layout, in_parts=in_parts, **options)
+            out = attend_all_keys_in_blocks(q, k, v, mask, layout=layout, **options)
     out = constrain(placement, out, "batch", "length", "heads")
     return linear(out, weights["out_proj"], placement=placement), attention, buffers
 

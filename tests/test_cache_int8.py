@@ -27,8 +27,8 @@ def as_numpy(new: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["heads", "flat"])
 @pytest.mark.parametrize("rows, queries", [(1, 1), (3, 2), (3, 20)])
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_attention_is_that_of_rounded_keys_and_values(layout, rows, queries, in_parts):
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_attention_is_that_of_rounded_keys_and_values(layout, rows, queries, on_cpu):
     """Columns that nothing was written to, rows at columns of their own, and a column of zeros among them."""
     rng = np.random.default_rng(rows + queries)
     s, h, k = 24, 3, 16
@@ -47,7 +47,7 @@ def test_attention_is_that_of_rounded_keys_and_values(layout, rows, queries, in_
     q = rng.standard_normal((rows, queries, h, k)).astype(np.float32)
     mask = rng.random((rows, 1, queries, s)) < 0.7
     mask[..., 6] = True
-    out, weights = attend(jnp.asarray(q), *buffers, jnp.asarray(mask), layout=layout, in_parts=in_parts)
+    out, weights = attend(jnp.asarray(q), *buffers, jnp.asarray(mask), layout=layout, on_cpu=on_cpu)
     scores = np.where(mask, np.einsum("bthk,bshk->bhts", q, exact[0]), -np.inf)
     expected = np.exp(scores - scores.max(-1, keepdims=True))
     expected /= expected.sum(-1, keepdims=True)

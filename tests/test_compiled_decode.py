@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import optjax
+from optjax.attention_products import BLOCK
 from optjax.cache import init_cache
-from optjax.cache_codes import BLOCK
 from optjax.generation.beam import run_beams
 from optjax.generation.decode import _decode_step
 from optjax.generation.loop import run_generate
