@@ -74,6 +74,9 @@ def decoder_layer(
 
     def mlp_block(y):
         y = constrain(placement, linear(y, weights["fc1"], placement=placement), "batch", "length", "mlp")
+        if platform(placement) == "tpu" and y.shape[0] * y.shape[1] <= FEW_ROWS and y.shape[-1] * x.shape[-1] > 1 << 24:
+            # For few rows the TPU compiler would fuse both products into one, which takes longer for large matrices.
+            y = jax.lax.optimization_barrier(y)
         return linear(_ACTIVATIONS[config.activation_function](y), weights["fc2"], placement=placement)
 
     with jax.named_scope("self_attn"):
