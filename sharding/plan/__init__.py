@@ -1,7 +1,24 @@
 """Plans: what a size needs on a slice, said by the compiler of that slice, before the slice is rented."""
 
+from .cycles import Operation, estimated_cycles
+from .devices import ENVIRONMENT, check_compiler, devices
 from .hardware import CHIPS, Chip, Topology, parse_topology
 from .planning import Plan, Step, plan
 from .search import Found, search
 
-__all__ = ["CHIPS", "Chip", "Found", "Plan", "Step", "Topology", "parse_topology", "plan", "search"]
+__all__ = [
+    "CHIPS",
+    "ENVIRONMENT",
+    "Chip",
+    "Found",
+    "Operation",
+    "Plan",
+    "Step",
+    "Topology",
+    "check_compiler",
+    "devices",
+    "estimated_cycles",
+    "parse_topology",
+    "plan",
+    "search",
+]
