@@ -15,6 +15,8 @@ from typing import Any, Literal
 from optjax.config import OPTConfig
 
 HEADS = (None, "causal_lm", "sequence_classification", "question_answering")
+# What splits a dimension: a logical axis; several, one within the other; or nothing ever.
+Axis = str | tuple[str, ...] | None
 Kind = Literal["embedding", "linear", "output", "bias", "norm_weight", "norm_bias"]
 
 
@@ -25,14 +27,17 @@ class Weight:
     Attributes:
       path: its place in the params, dotted; a layer's weights start with ``layers.``.
       shape: without the layer dimension.
-      axes: the logical name of each dimension, which sharding rules map to mesh axes.
+      axes: the logical name of each dimension, which sharding rules map to mesh axes. A matrix that makes heads or the
+        feed-forward's values is split along its first dimension alone, by ``("heads", "model")``: by heads, and within
+        them by what splits the model's weights. Shards are then whole rows, which are gathered as they lie; of shards
+        of columns XLA keeps a second, transposed copy of all layers.
       kind: what it does, which decides its initializer (``output`` is a linear layer that writes to the residual
         stream) and its name and orientation in Flax and TF files.
     """
 
     path: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[Axis, ...]
     kind: Kind
 
     @property
@@ -42,6 +47,11 @@ class Weight:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def logical(self) -> tuple[str, ...]:
+        """The logical axes of all dimensions, in their order."""
+        return tuple(name for axis in self.axes if axis for name in ((axis,) if isinstance(axis, str) else axis))
 
     def keys(self, layer: int | None = None) -> tuple[str | int, ...]:
         """The steps down the params tree to this weight: ``("layers", 3, "fc1", "weight")``."""
@@ -81,10 +91,10 @@ def declare(config: OPTConfig, head: str | None = "causal_lm") -> tuple[Weight, 
         weights.append(Weight("project_in.weight", (d, e), ("projection", "embed"), "linear"))
     weights += _norm(config, "layers.self_attn_layer_norm")
     for name in ("q_proj", "k_proj", "v_proj"):
-        weights += _linear(config, f"layers.self_attn.{name}", d, d, "heads", "model", "linear")
+        weights += _linear(config, f"layers.self_attn.{name}", d, d, ("heads", "model"), None, "linear")
     weights += _linear(config, "layers.self_attn.out_proj", d, d, "model", "heads", "output")
     weights += _norm(config, "layers.final_layer_norm")
-    weights += _linear(config, "layers.fc1", f, d, "mlp", "model", "linear")
+    weights += _linear(config, "layers.fc1", f, d, ("mlp", "model"), None, "linear")
     weights += _linear(config, "layers.fc2", d, f, "model", "mlp", "output")
     if config.has_final_layer_norm:
         weights += _norm(config, "final_layer_norm")
@@ -113,10 +123,12 @@ def logical_axes(config: OPTConfig, head: str | None = "causal_lm") -> dict[str,
     return tree
 
 
-def _linear(config: OPTConfig, path: str, n_out: int, n_in: int, axis_out: str, axis_in: str, kind: Kind):
+def _linear(config: OPTConfig, path: str, n_out: int, n_in: int, axis_out: Axis, axis_in: Axis, kind: Kind):
     weights = [Weight(f"{path}.weight", (n_out, n_in), (axis_out, axis_in), kind)]
     if config.enable_bias:
-        weights.append(Weight(f"{path}.bias", (n_out,), (axis_out,), "bias"))
+        # Of a bias only what heads or the feed-forward split: its bytes are not worth a gather.
+        axis = axis_out[0] if isinstance(axis_out, tuple) else axis_out
+        weights.append(Weight(f"{path}.bias", (n_out,), (axis,), "bias"))
     return weights
 
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optjax.config import OPTConfig
-from optjax.declaration import declare
-from optjax.placed import cast
+from optjax.declaration import Axis, declare
+from optjax.sharding.lookup import lookup
 from optjax.sharding.mesh import AXES, format_mesh
 from optjax.sharding.rules import Rules, as_rules
 
-Axes = tuple[str | None, ...]
+Axes = tuple[Axis, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Placement:
         split = {axis: tuple(name for name in names if sizes.get(name, 1) > 1) for axis, names in self.rules}
         return {None: (), **split}
 
-    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
-        """The mesh axes that split a logical axis."""
+    def mesh_axes(self, axis: Axis) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis, or several of one dimension: those of the first outermost."""
+        if isinstance(axis, tuple):
+            return tuple(name for each in axis for name in self._by_name[each])
         return self._by_name[axis]
 
-    def shards(self, axis: str | None) -> int:
-        """The number of parts that a logical axis is split into."""
+    def shards(self, axis: Axis) -> int:
+        """The number of parts that a dimension with this logical axis is split into."""
         return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
 
     def sharding(self, axes: Axes) -> NamedSharding:
@@ -58,11 +60,11 @@ class Placement:
 
     def fitting(self, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
         """The sharding of an activation; a dimension is split only as far as it divides (one row, one token)."""
-        return self._named(self._dividing(size, axis) for size, axis in zip(shape, axes, strict=True))
+        return self._named(self.dividing(size, axis) for size, axis in zip(shape, axes, strict=True))
 
     def parts(self, size: int, axis: str) -> int:
         """The number of parts that `fitting` splits a dimension of an activation into."""
-        return math.prod(self.mesh.shape[name] for name in self._dividing(size, axis))
+        return math.prod(self.mesh.shape[name] for name in self.dividing(size, axis))
 
     def in_parts(self, x: jax.Array) -> jax.Array:
         """Tokens ``[B, T, …]`` as ``[P, B/P, Q, T/Q, …]``, by the parts that rows and their lengths are split into.
@@ -86,7 +88,7 @@ class Placement:
 
         Its cotangent goes straight back to the weight's own sharding, as a reduce-scatter.
         """
-        stored, gathered = self.sharding(axes), self._gathered(axes)
+        stored, gathered = self.sharding(axes), self.gathered(axes)
         if stored == gathered:
             return weight
         if not jnp.issubdtype(weight.dtype, jnp.floating):
@@ -96,20 +98,20 @@ class Placement:
     def total(self, sums: jax.Array, axes: Axes) -> jax.Array:
         """A weight's cotangent, in its sharding, from the sums ``[P, Q, …]`` over each of the parts of `in_parts`."""
         parts = self.fitting(sums.shape[:2], ("batch", "length")).spec
-        sums = jax.lax.with_sharding_constraint(sums, self._named([*parts, *self._gathered(axes).spec]))
+        sums = jax.lax.with_sharding_constraint(sums, self._named([*parts, *self.gathered(axes).spec]))
         return jax.lax.with_sharding_constraint(sums.sum((0, 1)), self.sharding(axes))
 
     def take(self, table: jax.Array, axes: Axes, index: jax.Array, dtype: Any) -> jax.Array:
-        """Rows of a table in ``dtype``, the table gathered as by `gather`; their cotangents are summed in float32."""
-        # Not the residual stream's sharding yet: for that the compiler would gather the vocabulary.
-        rows = self.fitting((*index.shape, table.shape[-1]), ("batch", "length", None))
-        return _take(table, index, jnp.dtype(dtype), self, axes, rows)
+        """Rows of a table in ``dtype``, ``[B, T, …]``, by an index ``[B, T]``; see `lookup`."""
+        return lookup(table, index, jnp.dtype(dtype), self, axes)
 
-    def _gathered(self, axes: Axes) -> NamedSharding:
+    def gathered(self, axes: Axes) -> NamedSharding:
+        """The sharding of a weight as it is used: whole along the mesh axes that split the tokens."""
         of_tokens = {*self.mesh_axes("batch"), *self.mesh_axes("length")}
         return self._named(tuple(name for name in self.mesh_axes(axis) if name not in of_tokens) for axis in axes)
 
-    def _dividing(self, size: int, axis: str | None) -> tuple[str, ...]:
+    def dividing(self, size: int, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that split a dimension of an activation, as far as it divides."""
         names = self.mesh_axes(axis)
         while size % math.prod(self.mesh.shape[name] for name in names):
             names = names[:-1]
@@ -151,31 +153,6 @@ def _gather_backward(stored, gathered, _, cotangent):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _take(table, index, dtype, placement: Placement, axes: Axes, rows: NamedSharding) -> jax.Array:
-    table = jax.lax.with_sharding_constraint(cast(table, dtype), placement._gathered(axes))
-    return jax.lax.with_sharding_constraint(table[index], rows)
-
-
-def _take_forward(table, index, dtype, placement, axes, rows):
-    return _take(table, index, dtype, placement, axes, rows), (index, table)
-
-
-def _take_backward(dtype, placement, axes, rows, kept, cotangent):
-    index, table = kept
-    cotangent = jax.lax.with_sharding_constraint(cotangent.astype(jnp.float32), rows)
-
-    def one(index, cotangent):
-        return jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent)
-
-    index, cotangent = (placement.in_parts(x) for x in (index, cotangent))
-    sums = jax.vmap(jax.vmap(one, in_axes=1), in_axes=0)(index, cotangent)
-    return placement.total(sums, axes).astype(table.dtype), None
-
-
-_take.defvjp(_take_forward, _take_backward)
-
-
 def make_placement(
     mesh: Mesh | None, rules: str | Rules | None, config: OPTConfig, head: str | None
 ) -> Placement | None:
@@ -205,21 +182,24 @@ def make_placement(
 def misfit(placement: Placement, config: OPTConfig, head: str | None) -> str | None:
     """What is wrong with a placement for a model; None if nothing is."""
     for weight in declare(config, head):
-        seen: dict[str, str] = {}
+        seen: dict[str, str | None] = {}
         for size, axis in zip(weight.shape, weight.axes, strict=True):
-            for name in placement.mesh_axes(axis):
-                if name in seen:
-                    return f"{weight.path} {weight.shape}: mesh axis {name!r} splits both {seen[name]!r} and {axis!r}"
-                seen[name] = axis
-            parts = placement.shards(axis)
-            if axis == "heads" and config.num_attention_heads % parts:
-                size = config.num_attention_heads
-            if size % parts:
-                return f"{weight.path} {weight.shape}: {axis} = {size} does not divide into {_named(placement, axis)}"
+            parts = axis if isinstance(axis, tuple) else (axis,)
+            for part in parts:
+                for name in placement.mesh_axes(part):
+                    if name in seen:
+                        both = f"{seen[name]!r} and {part!r}"
+                        return f"{weight.path} {weight.shape}: mesh axis {name!r} splits both {both}"
+                    seen[name] = part
+            if "heads" in parts and config.num_attention_heads % placement.shards("heads"):
+                axis, size = "heads", config.num_attention_heads
+            if size % placement.shards(axis):
+                named = " and ".join(axis) if isinstance(axis, tuple) else axis
+                return f"{weight.path} {weight.shape}: {named} = {size} does not divide into {_named(placement, axis)}"
     return None
 
 
-def _named(placement: Placement, axis: str) -> str:
+def _named(placement: Placement, axis: Axis) -> str:
     return " × ".join(f"{name}={placement.mesh.shape[name]}" for name in placement.mesh_axes(axis))
 
 

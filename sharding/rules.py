@@ -18,7 +18,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 LOGICAL_AXES = {
     "vocab": "V, the vocabulary: of the word embedding, an untied head and the logits",
     "embed": "E, the width of the word embedding",
-    "model": "D, the hidden size, of weights; of activations it is never split",
+    "model": "D, the hidden size, of weights; of q, k, v and fc1 it splits each part of heads and mlp once more; "
+    "of activations it is never split",
     "projection": "D, in project_in and project_out",
     "heads": "H·K or H: attention's heads, of weights, activations and the KV cache",
     "mlp": "F, the width of the feed-forward layer",

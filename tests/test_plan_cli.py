@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,14 @@ def test_moments_in_the_hosts_memory_are_not_the_devices():
     moments = on_device.groups["optimizer state"]
     assert "optimizer state" not in on_host.groups
     assert on_host.peak < on_device.peak - 0.5 * moments
+
+
+@pytest.mark.skipif(find_spec("jax_cuda12_plugin") is None, reason="needs XLA's compiler for GPUs: optjax[plan-gpu]")
+def test_gpus_keep_no_second_copy_of_weights():
+    """Laid out anew for its gathers, that of q, k, v and fc1 would be a seventh of all that there is."""
+    sizes = {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 64}
+    made = plan(OPTConfig(**{**TINY, **sizes}), "h100:8", mesh="fsdp=8", batch=8, length=128, micro_batches=1)
+    assert made.fits and made.main.over < 1.1
 
 
 BAD_JOB = """

@@ -187,10 +187,12 @@ def test_two_halves_are_one_collective():
         %d1 = bf16[512]{0} all-gather-done(%ag)
         %d2 = (bf16[512]{0}, f32[8]{0}) all-gather-done(%ag2)
         %d3 = (bf16[512]{0}, f32[8]{0}) all-reduce-done(%ar)
-        ROOT %d4 = bf16[128]{0} collective-permute-done(%cp)
+        %a2a = ((bf16[4,32]{1,0}), bf16[4,32]{1,0}) all-to-all-start(%p), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}
+        %d4 = bf16[128]{0} collective-permute-done(%cp)
+        ROOT %d5 = bf16[4,32]{1,0} all-to-all-done(%a2a)
     """)  # noqa: E501
     found = collectives(text, {"tensor": 4})
-    assert [each.bytes for each in found] == [1024, 1024 + 32, 1024 + 32, 256]
+    assert [each.bytes for each in found] == [1024, 1024 + 32, 1024 + 32, 256, 256]
     assert all(each.overlapped and each.axes == ("tensor",) for each in found)
 
 

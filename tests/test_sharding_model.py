@@ -153,7 +153,7 @@ def test_bytes_of_a_device_are_the_total_over_the_shards(rules):
         leaf = params.weights
         for step in weight.keys(0 if weight.per_layer else None):
             leaf = leaf[step]
-        shards = int(np.prod([parts[axis] for axis in weight.axes]))
+        shards = int(np.prod([parts[axis] for axis in weight.logical]))
         assert {shard.data.nbytes * shards for shard in leaf.addressable_shards} == {leaf.nbytes}, weight.path
     shards = parts["batch"] * parts["heads"]
     for buffer in (*cache.keys, *cache.values):

@@ -91,8 +91,23 @@ def test_weights_that_do_not_fit():
     config = TINY.replace(num_attention_heads=8)
     words = "layers.self_attn.q_proj.weight .* 'tensor' splits both 'heads' and 'model'"
     refuse(words, mesh="tensor=8", rules=rules, config=config)
+    # A part of each head's outputs, on every device.
+    config = TINY.replace(num_attention_heads=2, hidden_size=12)
+    words = r"q_proj.weight \(12, 12\): heads and model = 12 does not divide into tensor=2 × fsdp=4"
+    refuse(f"{words}; meshes of 8 devices that work: data=2,fsdp=2,tensor=2", mesh="fsdp=4,tensor=2", config=config)
     odd = TINY.replace(num_attention_heads=3, hidden_size=21)
     refuse("embed = 21 does not divide into fsdp=8", mesh="fsdp=8", rules="fsdp", config=odd)
+
+
+def test_matrices_with_heads_are_split_along_their_rows():
+    """Over tensor by heads, and within a part over fsdp; so that what is gathered over fsdp are neighbouring rows."""
+    mesh = make_mesh("fsdp=4,tensor=2", eight())
+    placement = make_placement(mesh, None, TINY.replace(hidden_size=48), None)
+    sharding = placement.sharding(next(w for w in optjax.declare(TINY) if "q_proj" in w.path).axes)
+    for device, (rows, columns) in sharding.devices_indices_map((48, 48)).items():
+        _, fsdp, _, tensor = (int(i[0]) for i in np.nonzero(mesh.devices == device))
+        assert (rows.start, rows.stop) == (24 * tensor + 6 * fsdp, 24 * tensor + 6 * fsdp + 6)
+        assert columns == slice(None)
 
 
 def test_errors_come_before_a_weight_is_made():
@@ -124,7 +139,9 @@ def test_published_sizes_fit_the_meshes_that_the_arithmetic_allows(name):
 def test_every_logical_axis_of_a_weight_has_a_rule():
     for config in (TINY, TINY.replace(word_embed_proj_dim=12)):
         for head in ("causal_lm", "sequence_classification", "question_answering"):
-            assert {axis for weight in optjax.declare(config, head) for axis in weight.axes} <= LOGICAL_AXES.keys()
+            for weight in optjax.declare(config, head):
+                assert weight.logical, weight.path
+                assert set(weight.logical) <= LOGICAL_AXES.keys()
     assert all(set(rules) == set(LOGICAL_AXES) for rules in RULES.values())
 
 

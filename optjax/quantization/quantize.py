@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from optjax.config import OPTConfig
-from optjax.declaration import Weight, declare
+from optjax.declaration import Axis, Weight, declare
 from optjax.params import Params, build_params
 from optjax.placed import platform
 from optjax.quantization.codes import KINDS
@@ -196,7 +196,7 @@ def _dequantize(weight: QuantizedWeight, sharding: Any) -> jax.Array:
     return made if sharding is None else jax.lax.with_sharding_constraint(made, sharding)
 
 
-def _axes(weight: Weight, ndim: int) -> tuple[str | None, ...]:
+def _axes(weight: Weight, ndim: int) -> tuple[Axis, ...]:
     return (None, *weight.axes) if ndim > len(weight.axes) else weight.axes
 
 

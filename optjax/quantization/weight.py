@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optjax.declaration import Axis
 from optjax.quantization.codes import decode_4bit, encode_4bit, encode_int8
 
-Axes = tuple[str | None, ...]
+Axes = tuple[Axis, ...]
 
 
 @partial(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from optjax.config import OPTConfig
-from optjax.declaration import Weight, declare
+from optjax.declaration import Axis, Weight, declare
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -48,8 +48,8 @@ class Splits(Protocol):
 
     @property
     def mesh(self) -> Any: ...
-    def mesh_axes(self, axis: str | None) -> tuple[str, ...]: ...
-    def shards(self, axis: str | None) -> int: ...
+    def mesh_axes(self, axis: Axis) -> tuple[str, ...]: ...
+    def shards(self, axis: Axis) -> int: ...
     def parts(self, size: int, axis: str) -> int: ...
 
 

@@ -122,7 +122,7 @@ def _moved(kind: str, each: Instruction, others: Mapping[str, Instruction]) -> l
         operands = [others[name].shape for name in each.operands if name in others]
         return [part for shape in operands for part in parts(shape)]
     shapes = parts(each.shape)
-    if each.opcode in ("all-gather-start", "collective-permute-start"):
+    if each.opcode in ("all-gather-start", "all-to-all-start", "collective-permute-start"):
         # (operand, result, …) or ((operands), (results), …)
         return parts(shapes[1])
     return shapes
