@@ -28,9 +28,9 @@ class Weight:
       path: its place in the params, dotted; a layer's weights start with ``layers.``.
       shape: without the layer dimension.
       axes: the logical name of each dimension, which sharding rules map to mesh axes. A matrix that makes heads or the
-        feed-forward's values is split along its first dimension alone, by ``("heads", "model")``: by heads, and within
-        them by what splits the model's weights. Shards are then whole rows, which are gathered as they lie; of shards
-        of columns XLA keeps a second, transposed copy of all layers.
+        feed-forward's values has ``("heads", "model")`` at its first dimension and nothing at its second: its rows are
+        split by heads, and within these by what splits the model's weights, or its columns are by the latter,
+        whichever the platform gathers best.
       kind: what it does, which decides its initializer (``output`` is a linear layer that writes to the residual
         stream) and its name and orientation in Flax and TF files.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ class Placement:
 
     def sharding(self, axes: Axes) -> NamedSharding:
         """The sharding of a weight whose dimensions have these logical axes."""
-        return self._named(self.mesh_axes(axis) for axis in axes)
+        return self._named(self.mesh_axes(axis) for axis in self._as_gathered_best(axes))
 
     def fitting(self, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
         """The sharding of an activation; a dimension is split only as far as it divides (one row, one token)."""
@@ -108,9 +109,19 @@ class Placement:
     def gathered(self, axes: Axes) -> NamedSharding:
         """The sharding of a weight as it is used: whole along the mesh axes that split the tokens."""
         of_tokens = {*self.mesh_axes("batch"), *self.mesh_axes("length")}
+        axes = self._as_gathered_best(axes)
         return self._named(tuple(name for name in self.mesh_axes(axis) if name not in of_tokens) for axis in axes)
 
-    def dividing(self, size: int, axis: str | None) -> tuple[str, ...]:
+    def _as_gathered_best(self, axes: Axes) -> Axes:
+        """On TPU, what splits rows a second time splits the columns instead: its compiler gathers columns as they
+        lie. XLA's GPU compiler keeps a transposed copy of all layers for that."""
+        found = list(axes)
+        for i, (axis, following) in enumerate(pairwise(axes)):
+            if self.platform == "tpu" and isinstance(axis, tuple) and following is None:
+                found[i : i + 2] = axis
+        return tuple(found)
+
+    def dividing(self, size: int, axis: Axis) -> tuple[str, ...]:
         """The mesh axes that split a dimension of an activation, as far as it divides."""
         names = self.mesh_axes(axis)
         while size % math.prod(self.mesh.shape[name] for name in names):

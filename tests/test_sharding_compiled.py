@@ -103,8 +103,8 @@ def test_training_gathers_a_weight_twice(micro_batches):
         compiled, mesh = compile_training(layers, "fsdp", "fsdp=8", micro_batches=micro_batches)
         found = collectives(compiled.as_text(), mesh)
         gathered.append(sum(c.total for c in found if c.kind == "all-gather"))
-        # The head's table and its gradient; to look up rows those of a device's tokens are exchanged, there and back.
-        assert max(c.bytes for c in found) <= 256 * D * 4, found
+        # Not the table of positions, nor its gradient: to look up tokens their rows are exchanged, there and back.
+        assert max(c.bytes for c in found) < 2050 * D * 4, found
         assert count(found, "all-to-all") == 2 * micro_batches
     layer = sum(weight.size for weight in optjax.declare(config(1)) if weight.per_layer) * 4
     assert layer <= (gathered[1] - gathered[0]) / micro_batches <= 2 * layer * 1.01

@@ -7,12 +7,22 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import optjax
 from optjax import OPTConfig
 from optjax.presets import PRESETS
-from optjax.sharding import AXES, LOGICAL_AXES, RULES, choose_mesh, make_mesh, make_placement, meshes, parse_mesh
+from optjax.sharding import (
+    AXES,
+    LOGICAL_AXES,
+    RULES,
+    Placement,
+    choose_mesh,
+    make_mesh,
+    make_placement,
+    meshes,
+    parse_mesh,
+)
 
 TINY = OPTConfig(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, ffn_dim=48)
 
@@ -108,6 +118,14 @@ def test_matrices_with_heads_are_split_along_their_rows():
         _, fsdp, _, tensor = (int(i[0]) for i in np.nonzero(mesh.devices == device))
         assert (rows.start, rows.stop) == (24 * tensor + 6 * fsdp, 24 * tensor + 6 * fsdp + 6)
         assert columns == slice(None)
+
+
+def test_their_columns_are_split_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(Placement, "platform", "tpu")
+    placement = make_placement(make_mesh("fsdp=4,tensor=2", eight()), None, TINY, None)
+    axes = next(weight for weight in optjax.declare(TINY) if "fc1.weight" in weight.path).axes
+    assert placement.sharding((None, *axes)).spec == PartitionSpec(None, "tensor", "fsdp")
+    assert placement.gathered(axes).spec == PartitionSpec("tensor", None)
 
 
 def test_errors_come_before_a_weight_is_made():
