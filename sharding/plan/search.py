@@ -76,11 +76,18 @@ def search(
         make_request(size, topology, job, **options)  # whose error says why
         raise ValueError(f"no mesh of {topology.devices} devices suits this model and batch")
     hopeful = promising(possible)
-    plans = []
-    for i, request in enumerate(hopeful[:limit]):
+    plans, left, off = [], list(hopeful), dict[Any, float]()
+    while left and len(plans) < limit:
+        # Where a remat policy's estimate proved too low, others of it are taken to be as far off.
+        fits = (memory(r) * off.get(r.options.get("remat"), 1.0) <= topology.chip.capacity for r in left)
+        request = left.pop(next((i for i, fit in enumerate(fits) if fit), 0))
         if on_progress:
-            on_progress(i, min(limit, len(hopeful)), request)
-        plans.append(run(request))
+            on_progress(len(plans), min(limit, len(hopeful)), request)
+        made = run(request)
+        plans.append(made)
+        if not made.fits:
+            remat = request.options.get("remat")
+            off[remat] = max(off.get(remat, 1.0), made.peak / memory(request))
     if on_progress:
         on_progress(len(plans), len(plans), None)
     return Found(
