@@ -62,16 +62,48 @@ def _backward(dtype, placement, axes, kept, cotangent):
             placement, x.reshape(p, b // p, q, t // q, *rest), (rows, (), length, (), columns)[: x.ndim + 2]
         )
 
-    def one(index, cotangent):
-        return jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent)
-
     index = in_parts(_constrain(placement, index, (rows, length)))
-    sums = jax.vmap(jax.vmap(one, in_axes=1), in_axes=0)(index, in_parts(cotangent.astype(jnp.float32)))
+    sums = jax.vmap(jax.vmap(partial(_sum_rows, table), in_axes=1), in_axes=0)(
+        index, in_parts(cotangent.astype(jnp.float32))
+    )
     sums = _constrain(placement, sums, (rows, length, _whole(placement, axes[0]), columns)).sum((0, 1))
     return jax.lax.with_sharding_constraint(sums, placement.sharding(axes)).astype(table.dtype), None
 
 
 lookup.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def lookup_gathered(
+    table: jax.Array, index: jax.Array, dtype: Any, placement: Placement, axes: tuple[Axis, ...]
+) -> jax.Array:
+    """`lookup` by a gather of the table; its cotangent is summed whole, by each device for its tokens."""
+    table = jax.lax.with_sharding_constraint(cast(table, dtype), placement.gathered(axes))
+    return _of_tokens(placement, table[index])
+
+
+def _forward_gathered(table, index, dtype, placement, axes):
+    return lookup_gathered(table, index, dtype, placement, axes), (index, table)
+
+
+def _backward_gathered(dtype, placement, axes, kept, cotangent):
+    index, table = kept
+    index, cotangent = (placement.in_parts(x) for x in (index, _of_tokens(placement, cotangent.astype(jnp.float32))))
+    sums = jax.vmap(jax.vmap(partial(_sum_rows, table), in_axes=1), in_axes=0)(index, cotangent)
+    return placement.total(sums, axes).astype(table.dtype), None
+
+
+lookup_gathered.defvjp(_forward_gathered, _backward_gathered)
+
+
+def _sum_rows(table: jax.Array, index: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Cotangents of rows, each added to its row of a float32 array of the table's shape."""
+    return jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent)
+
+
+def _of_tokens(placement: Placement, rows: jax.Array) -> jax.Array:
+    # Not the residual stream's sharding yet: for that the compiler would gather the vocabulary.
+    return jax.lax.with_sharding_constraint(rows, placement.fitting(rows.shape, ("batch", "length", None)))
 
 
 def _ways(placement: Placement, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> list[tuple[Names, Names, Names]]:

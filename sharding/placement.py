@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optjax.config import OPTConfig
 from optjax.declaration import Axis, declare
-from optjax.sharding.lookup import lookup
+from optjax.sharding.lookup import lookup, lookup_gathered
 from optjax.sharding.mesh import AXES, format_mesh
 from optjax.sharding.rules import Rules, as_rules
 
@@ -104,7 +104,9 @@ class Placement:
 
     def take(self, table: jax.Array, axes: Axes, index: jax.Array, dtype: Any) -> jax.Array:
         """Rows of a table in ``dtype``, ``[B, T, …]``, by an index ``[B, T]``; see `lookup`."""
-        return lookup(table, index, jnp.dtype(dtype), self, axes)
+        # Where the TPU compiler exchanges rows, it starts the gathers of a layer's weights too late to overlap.
+        rows = lookup_gathered if self.platform == "tpu" else lookup
+        return rows(table, index, jnp.dtype(dtype), self, axes)
 
     def gathered(self, axes: Axes) -> NamedSharding:
         """The sharding of a weight as it is used: whole along the mesh axes that split the tokens."""
