@@ -207,5 +207,5 @@ def test_a_chunk_is_all_that_a_long_prompt_takes():
     whole, chunks = compiled(1792, None), compiled(1792, 128)
     states = 2 * 1792 * 768 * 4
     assert chunks.alias_size_in_bytes >= 2 * 2 * 2 * 2048 * 768 * 4
-    assert chunks.temp_size_in_bytes < 0.3 * whole.temp_size_in_bytes
+    assert chunks.temp_size_in_bytes < whole.temp_size_in_bytes / 3
     assert chunks.temp_size_in_bytes < states + 1.3 * compiled(128, None).temp_size_in_bytes
