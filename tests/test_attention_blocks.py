@@ -29,9 +29,9 @@ def blocks_of(monkeypatch):
     return set_block
 
 
-def model(seed: int):
+def model(seed: int, **changes):
     rng = np.random.default_rng(seed)
-    config = random_config(rng).replace(max_position_embeddings=LENGTH + ROOM)
+    config = random_config(rng).replace(max_position_embeddings=LENGTH + ROOM, **changes)
     theirs = torch_model(config, None, seed)
     ids = rng.integers(2, config.vocab_size, size=(ROWS, LENGTH))
     mask = padded_masks(rng, ROWS, LENGTH)
@@ -80,7 +80,7 @@ def test_dropout_falls_as_without_blocks(blocks_of):
 
 def test_spread_over_the_length(blocks_of):
     """Blocks are then every n-th query, so that each device has its part of every block."""
-    params, ids, mask, expected = model(5)
+    params, ids, mask, expected = model(5, ffn_dim=20)  # rows that two devices share out
     mesh = make_mesh("sequence=2", jax.devices()[:2])
     placement = make_placement(mesh, None, params.config, None)
     for block in (7, 5):
