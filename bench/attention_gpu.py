@@ -18,11 +18,11 @@ needs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -75,15 +75,7 @@ def main() -> None:
                 for length in sorted(args.lengths):
                     results += measure(workers, size, part, length, args)
     lines = markdown(results, gpu.setting(device, versions, args.dtype, args.rounds), args)
-    print("\n".join(lines))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
-    if args.save:
-        args.out.mkdir(exist_ok=True)
-        (args.out / "attention_gpu.md").write_text("\n".join(lines) + "\n")
-        for size in args.shapes:
-            draw(args.out / f"attention_gpu_{size}.png", [r for r in results if r.size == size], device)
-        print(f"wrote {args.out / 'attention_gpu.md'} and its pictures")
+    gpu.publish("attention_gpu", lines, results, partial(draw, device=device), args.shapes, args)
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

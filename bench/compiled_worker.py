@@ -65,11 +65,11 @@ def look(case: Case) -> dict[str, Any]:
 
     import optjax
     from optjax.sharding import make_mesh
-    from optjax.sharding.plan import devices, estimated_cycles, parse_topology
+    from optjax.sharding.plan import described_devices, estimated_cycles, parse_topology
 
     topology = parse_topology(SLICES[case.chip])
     gpu = topology.chip.platform == "gpu"
-    mesh = make_mesh("", devices(topology)[:1])  # tells optjax what it is compiled for
+    mesh = make_mesh("", described_devices(topology)[:1])  # tells optjax what it is compiled for
     config = optjax.OPTConfig.preset(
         "opt-" + case.size,
         num_hidden_layers=case.layers,

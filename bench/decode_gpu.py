@@ -21,12 +21,12 @@ first tokens are equal something is wrong, and the program ends.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -91,15 +91,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="optjax-bench-") as folder:
             results += measure_size(size, Path(folder), sides, args, versions)
     lines = markdown(results, gpu.setting(device, versions, args.dtype, args.rounds), args)
-    print("\n".join(lines))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
-    if args.save:
-        args.out.mkdir(exist_ok=True)
-        (args.out / "decode_gpu.md").write_text("\n".join(lines) + "\n")
-        for size in args.sizes:
-            draw(args.out / f"decode_gpu_{size}.png", [r for r in results if r.size == size], device)
-        print(f"wrote {args.out / 'decode_gpu.md'} and its pictures")
+    gpu.publish("decode_gpu", lines, results, partial(draw, device=device), args.sizes, args)
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -155,6 +157,25 @@ def command(program: str, args: argparse.Namespace, names: Sequence[str]) -> str
         value: Any = vars(args)[name]
         words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
     return f"    python -m {program} {' '.join(words)} --save"
+
+
+def publish(
+    program: str, lines: Sequence[str], results: Sequence[Any], draw_size: Any, sizes: Sequence[str], args: Any
+) -> None:
+    """Prints a page, and writes what ``args`` ask for: all figures, the page, and a picture for each of the sizes.
+
+    ``draw_size`` takes the picture's path and the results of one size.
+    """
+    print("\n".join(lines))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
+    if args.save:
+        args.out.mkdir(exist_ok=True)
+        page = args.out / f"{program}.md"
+        page.write_text("\n".join(lines) + "\n")
+        for size in sizes:
+            draw_size(args.out / f"{program}_{size}.png", [r for r in results if r.size == size])
+        print(f"wrote {page} and its pictures")
 
 
 def say(text: str) -> None:

@@ -1,7 +1,8 @@
 """Plans: what a size needs on a slice, said by the compiler of that slice, before the slice is rented."""
 
 from .cycles import Operation, estimated_cycles
-from .devices import ENVIRONMENT, check_compiler, devices
+from .devices import ENVIRONMENT, check_compiler
+from .devices import devices as described_devices
 from .hardware import CHIPS, Chip, Topology, parse_topology
 from .planning import Plan, Step, plan
 from .search import Found, search
@@ -16,7 +17,7 @@ __all__ = [
     "Step",
     "Topology",
     "check_compiler",
-    "devices",
+    "described_devices",
     "estimated_cycles",
     "parse_topology",
     "plan",
