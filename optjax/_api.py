@@ -6,6 +6,7 @@ from optjax.config import OPTConfig
 from optjax.declaration import Weight, count_params, declare
 from optjax.generation import GenerateOutput, Prefix, decode_step, generate, prefill, read_prefix, stream
 from optjax.heads import causal_lm, question_answering, sequence_classification
+from optjax.kernels.choice import attention_kind
 from optjax.model import forward
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
 from optjax.quantization.quantize import Quantization, dequantize, quantize
@@ -25,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "Weight",
     "abstract_params",
+    "attention_kind",
     "causal_lm",
     "count_params",
     "declare",

@@ -13,7 +13,7 @@ from optjax.cache import Cache
 from optjax.config import PROBLEM_TYPES
 from optjax.declaration import logical_axes
 from optjax.layer import linear
-from optjax.model import Inputs, ModelOutput, check_inputs, decoder
+from optjax.model import Inputs, ModelOutput, check_inputs, decoder, with_attention
 from optjax.params import Params
 from optjax.placed import constrain, gather
 from optjax.validate import as_array, check_params, check_range
@@ -67,6 +67,7 @@ def causal_lm(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
     dropout_key: jax.Array | None = None,
+    attn_implementation: str = "auto",
 ) -> HeadOutput:
     """Next-token logits ``[B, T, V]``, and the loss where labels are given.
 
@@ -78,6 +79,7 @@ def causal_lm(
     """
     check_params(params, ("causal_lm",))
     inputs = check_inputs(params, ids, attention_mask, position_ids, head_mask, inputs_embeds, cache, dropout_key)
+    inputs = with_attention(params, inputs, attn_implementation, bool(output_attentions))
     if labels is not None:
         labels = _as_labels(labels, _shape(inputs), params.config.vocab_size)
     return _causal_lm(params, inputs, labels, bool(output_hidden_states), bool(output_attentions))
@@ -124,6 +126,7 @@ def sequence_classification(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
     dropout_key: jax.Array | None = None,
+    attn_implementation: str = "auto",
 ) -> HeadOutput:
     """Logits ``[B, num_labels]`` read at each row's last real token, and the loss where labels are given.
 
@@ -140,6 +143,7 @@ def sequence_classification(
     """
     check_params(params, ("sequence_classification",))
     inputs = check_inputs(params, ids, attention_mask, position_ids, head_mask, inputs_embeds, cache, dropout_key)
+    inputs = with_attention(params, inputs, attn_implementation, bool(output_attentions))
     config = params.config
     kind = problem_type or config.problem_type
     if kind is not None and kind not in PROBLEM_TYPES:
@@ -208,6 +212,7 @@ def question_answering(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
     dropout_key: jax.Array | None = None,
+    attn_implementation: str = "auto",
 ) -> QuestionAnsweringOutput:
     """Logits ``[B, T]`` of where an answer starts and ends, and the loss where both positions ``[B]`` are given.
 
@@ -218,6 +223,7 @@ def question_answering(
     """
     check_params(params, ("question_answering",))
     inputs = check_inputs(params, ids, attention_mask, position_ids, head_mask, inputs_embeds, cache, dropout_key)
+    inputs = with_attention(params, inputs, attn_implementation, bool(output_attentions))
     if (start_positions is None) != (end_positions is None):
         raise ValueError("give both start_positions and end_positions, or neither")
     spans = None

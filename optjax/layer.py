@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from optjax.attention import attend, drop
+from optjax.attention import attend, by_heads, drop
 from optjax.attention_blocks import attend_all_keys_in_blocks, attend_in_blocks
 from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
+from optjax.kernels.flash import Flash
 from optjax.placed import cast, constrain, constrain_both, gather, platform
 from optjax.quantization.product import FEW_ROWS, product
 from optjax.quantization.weight import QuantizedWeight
@@ -45,11 +46,12 @@ def decoder_layer(
     key,
     past,
     query_block: int | None = None,
+    flash: Flash | None = None,
 ):
     """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers.
 
     Computes in the dtype of ``x``, whatever that of the weights. With ``query_block`` attention goes over so many
-    queries at a time, and its weights are None.
+    queries at a time, with ``flash`` it is a kernel that needs no ``mask``; of both its weights are None.
     """
     attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
     pre_norm = config.do_layer_norm_before
@@ -68,7 +70,8 @@ def decoder_layer(
 
     def attention_block(y):
         own = weights["self_attn"]
-        out, *rest = _self_attention(config, placement, own, y, mask, head_mask, attention_key, past, query_block)
+        options = past, query_block, flash
+        out, *rest = _self_attention(config, placement, own, y, mask, head_mask, attention_key, *options)
         kept.extend(rest)
         return out
 
@@ -105,7 +108,9 @@ def _name(weight: jax.Array) -> jax.Array:
     return checkpoint_name(weight, USED_WEIGHT)
 
 
-def _self_attention(config: OPTConfig, placement: Any, weights, x, mask, head_mask, dropout_key, past, query_block):
+def _self_attention(
+    config: OPTConfig, placement: Any, weights, x, mask, head_mask, dropout_key, past, query_block, flash: Flash | None
+):
     b, t, d = x.shape
     heads = (b, t, config.num_attention_heads, config.head_dim)
 
@@ -117,17 +122,22 @@ def _self_attention(config: OPTConfig, placement: Any, weights, x, mask, head_ma
     q = constrain(placement, project("q_proj") * config.head_dim**-0.5, "batch", "length", "heads", None)
     k: Any = project("k_proj")
     v: Any = project("v_proj")
-    if past is None:
-        layout, buffers = "heads", None
-        k, v = (constrain(placement, y.swapaxes(1, 2), "batch", "heads", None, None) for y in (k, v))
-    else:
+    layout, buffers = "heads", None
+    if past is not None:
         k_buffer, v_buffer, index, layout = past
-        k = write_columns(k_buffer, k, index, layout)
-        v = write_columns(v_buffer, v, index, layout)
-        buffers = (k, v)
+        buffers = write_columns(k_buffer, k, index, layout), write_columns(v_buffer, v, index, layout)
+    if past is None or (flash is not None and flash.own_keys):
+        k, v = (constrain(placement, y.swapaxes(1, 2), "batch", "heads", None, None) for y in (k, v))
+    elif buffers is not None:
+        k, v = buffers
     options: dict[str, Any] = dict(head_mask=head_mask, dropout=config.attention_dropout, dropout_key=dropout_key)
     options["on_cpu"] = platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
-    if query_block is None:
+    if flash is not None:
+        attention = None
+        if layout == "flat" and not flash.own_keys:
+            k, v = (by_heads(y, config.num_attention_heads) for y in (k, v))
+        out = flash(q, *(y.reshape(b, config.num_attention_heads, -1, config.head_dim) for y in (k, v)))
+    elif query_block is None:
         groups = 1 if placement is None else placement.shards("heads")
         out, attention = attend(q, k, v, mask, layout=layout, groups=groups, **options)
     else:

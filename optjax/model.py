@@ -16,6 +16,8 @@ from optjax.attention import causal_mask
 from optjax.attention_blocks import block_of_queries
 from optjax.cache import Cache, write_mask
 from optjax.declaration import logical_axes
+from optjax.kernels.choice import rounded_cache, settle, spread_by_hand
+from optjax.kernels.flash import Flash
 from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.params import Params, as_key
 from optjax.placed import constrain, gather
@@ -60,6 +62,7 @@ def forward(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
     dropout_key: jax.Array | None = None,
+    attn_implementation: str = "auto",
 ) -> ModelOutput:
     """The decoder: ids in, hidden states out.
 
@@ -74,25 +77,31 @@ def forward(
       cache: from `init_cache` or an earlier call; this call's tokens follow those it holds.
       output_hidden_states, output_attentions: keep them.
       dropout_key: turns dropout, attention_dropout and layerdrop on.
+      attn_implementation: ``"eager"``, ``"flash"`` (kernels of TPU and GPU, which give no attentions and take neither
+        head_mask nor attention dropout), or ``"auto"``; `attention_kind` says which one that is.
 
     Returns:
       A `ModelOutput`.
 
     Raises:
-      ValueError: shapes, dtypes or ids that do not fit, a row longer than max_position_embeddings, a full cache.
+      ValueError: shapes, dtypes or ids that do not fit, a row longer than max_position_embeddings, a full cache;
+        ``attn_implementation="flash"`` where it cannot be had.
     """
     inputs = check_inputs(params, ids, attention_mask, position_ids, head_mask, inputs_embeds, cache, dropout_key)
+    inputs = with_attention(params, inputs, attn_implementation, bool(output_attentions))
     return _forward(params, inputs, bool(output_hidden_states), bool(output_attentions))
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["ids", "embeds", "mask", "position_ids", "head_mask", "cache", "dropout_key", "visible"],
-    meta_fields=[],
+    meta_fields=["attn_implementation", "no_past"],
 )
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """The checked arguments of `forward`; None where absent. Not checked again inside compiled code.
+
+    ``no_past`` says of a cache that it is empty: its index is 0.
 
     With a cache ``visible`` ``[B, T, S]`` may say instead of ``mask`` which columns each token attends to, its own
     among them: several continuations of a row may be read side by side. It comes with position_ids.
@@ -106,6 +115,8 @@ class Inputs:
     cache: Cache | None = None
     dropout_key: Any = None
     visible: Any = None
+    attn_implementation: str = "eager"
+    no_past: bool = False
 
 
 def check_inputs(
@@ -141,6 +152,41 @@ def check_inputs(
     )
 
 
+def with_attention(params: Params, inputs: Inputs, name: str, output_attentions: bool) -> Inputs:
+    """Inputs with ``attn_implementation``; or the ValueError of `settle`."""
+    inputs = dataclasses.replace(inputs, attn_implementation=name)
+    attention_of(params, inputs, output_attentions)
+    if name == "auto" and spread_by_hand(params):
+        return dataclasses.replace(inputs, attn_implementation="eager")
+    return inputs
+
+
+def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str:
+    """The kind of attention of a pass, as `settle` says."""
+    odd = None
+    if output_attentions:
+        odd = "it gives no attention weights, and output_attentions asks for them"
+    elif inputs.head_mask is not None:
+        odd = "it takes no head_mask"
+    elif inputs.dropout_key is not None and params.config.attention_dropout > 0:
+        odd = f"it has no dropout, and attention_dropout is {params.config.attention_dropout}"
+    elif inputs.visible is not None:
+        odd = "each token attends to columns of its own"
+    elif inputs.cache is not None:
+        odd = rounded_cache(inputs.cache.dtype)
+    tokens, cache = inputs.ids if inputs.ids is not None else inputs.embeds, inputs.cache
+    return settle(
+        inputs.attn_implementation,
+        params.config,
+        params.placement,
+        params.dtype,
+        tokens.shape[:2],
+        has_past=cache is not None and not inputs.no_past,
+        one_column=cache is None or jnp.ndim(cache.index) == 0,
+        odd=odd,
+    )
+
+
 @partial(jax.jit, static_argnums=(2, 3))
 def _forward(params: Params, inputs: Inputs, output_hidden_states: bool, output_attentions: bool) -> ModelOutput:
     return decoder(params, inputs, output_hidden_states, output_attentions)
@@ -164,14 +210,19 @@ def decoder(
         if inputs.visible is not None:
             mask = inputs.visible[:, None]
     keep_hidden, keep_attention = output_hidden_states, output_attentions
-    block = None
-    if not keep_attention:
+    block = flash = None
+    if attention_of(params, inputs, keep_attention) == "flash":
+        if cache is None or inputs.no_past:
+            flash = Flash(placement, None if inputs.mask is None else new_mask)
+        else:
+            flash = Flash(placement, None, all_masks, cache.index)
+    elif not keep_attention:
         block = block_of_queries(placement, b, t, mask.shape[-1], config.num_attention_heads)
 
     def layer(x, weights, i, head_mask, buffers):
         key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, i)
         past = None if cache is None else (*buffers, cache.index, cache.layout)
-        y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past, block)
+        y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past, block, flash)
         return y, (x if keep_hidden else None, attention if keep_attention else None, buffers)
 
     hidden: Any

@@ -41,6 +41,11 @@ def constrain_both(placement: Placement | None, x: jax.Array, axes: Any, back: A
     return x if placement is None else placement.constrain_both(x, axes, back)
 
 
+def on_each(placement: Placement | None, function: Any, arrays: Any, axes: Any, out_axes: Any) -> jax.Array:
+    """``function(*arrays)`` of each device's own parts, split by logical axes; the result has the first one's shape."""
+    return function(*arrays) if placement is None else placement.on_each(function, arrays, axes, out_axes)
+
+
 def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
     """Weights as they are used, from a nested dict of them and the same of their logical axes."""
     if placement is None or weights is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from optjax.generation.chunks import as_chunk_size, read
 from optjax.generation.draw import most_probable
 from optjax.generation.prefix import Prefix, check_prefix, continued
 from optjax.heads import lm_logits
+from optjax.kernels.choice import attention_kind
 from optjax.model import Inputs, decoder
 from optjax.params import Params
 from optjax.placed import constrain
@@ -58,6 +59,7 @@ def score(
     batch_size: int = 8,
     prefix: Prefix | None = None,
     prefill_chunk_size: int | None = None,
+    attn_implementation: str = "auto",
 ) -> list[Score]:
     """The log-probabilities of texts, or of continuations of prompts: an API's ``echo`` with ``logprobs``.
 
@@ -75,6 +77,7 @@ def score(
       prefix: from `read_prefix`, one row: what all texts begin with, such as the examples of a few-shot prompt. It is
         not read again, and the first token of a text has a log-probability after it.
       prefill_chunk_size: read texts so many tokens at a time, at most: for long ones, in little memory.
+      attn_implementation: ``"eager"``, ``"flash"`` or ``"auto"``, as of `forward`.
 
     Returns:
       A `Score` for each prompt, in order.
@@ -105,18 +108,31 @@ def score(
         has = f"{longest} tokens" if prefix is None else f"{longest} tokens after a prefix of {before}"
         raise ValueError(f"text {i} has {has}, more than max_position_embeddings = {config.max_position_embeddings}")
 
+    def kind_of(rows: int, columns: int) -> str:
+        queries = columns if chunk_size is None else min(chunk_size, columns)
+        past = prefix.cache if prefix is not None else queries < columns
+        return attention_kind(params, rows, queries, cache=past, attn_implementation=attn_implementation)
+
+    kind_of(batch_size, bucket(max(longest, 1)))
+
     scores: dict[int, Score] = {}
     order = sorted(range(len(rows)), key=lambda i: (bucket(len(rows[i])), len(rows[i]) - begins[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         chosen = [rows[i] for i in batch], [begins[i] for i in batch]
-        found = _batch(params, *chosen, batch_size, prefix, top=top, chunk_size=chunk_size)
+        found = _batch(params, *chosen, batch_size, prefix, kind_of, top=top, chunk_size=chunk_size)
         scores.update(zip(batch, found, strict=True))
     return [scores[i] for i in range(len(rows))]
 
 
 def _batch(
-    params: Params, rows: list[np.ndarray], begins: list[int], batch_size: int, prefix: Prefix | None, **static: Any
+    params: Params,
+    rows: list[np.ndarray],
+    begins: list[int],
+    batch_size: int,
+    prefix: Prefix | None,
+    kind_of: Callable[[int, int], str],
+    **static: Any,
 ) -> list[Score]:
     size = min(batch_size, 1 << (len(rows) - 1).bit_length())
     # Padded on the left, so that what is asked for stands in the last columns.
@@ -126,7 +142,7 @@ def _batch(
     for i, row in enumerate(rows):
         ids[i, -len(row) :], mask[i, -len(row) :] = row, True
     window = min(bucket(max(len(row) - begin for row, begin in zip(rows, begins, strict=True))), ids.shape[1])
-    host = jax.device_get(_score(params, ids, mask, prefix, window=window, **static))
+    host = jax.device_get(_score(params, ids, mask, prefix, window=window, kind=kind_of(*ids.shape), **static))
     out = []
     for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         n = len(row) - begin
@@ -142,7 +158,7 @@ def _batch(
     return out
 
 
-@partial(jax.jit, static_argnames=("window", "top", "chunk_size"))
+@partial(jax.jit, static_argnames=("window", "top", "chunk_size", "kind"))
 def _score(
     params: Params,
     ids: jax.Array,
@@ -152,6 +168,7 @@ def _score(
     window: int,
     top: int,
     chunk_size: int | None = None,
+    kind: str = "eager",
 ) -> tuple[jax.Array, ...]:
     """Of the last ``window`` tokens of rows ``[B, T]``: log-probability and the best id in each one's place.
 
@@ -159,11 +176,11 @@ def _score(
     """
     b, t = ids.shape
     if prefix is not None:
-        x, _ = read(params, ids, mask, continued(params, prefix, b, t), chunk_size)
+        x, _ = read(params, ids, mask, continued(params, prefix, b, t), chunk_size, attn_implementation=kind)
     elif chunk_size is not None and chunk_size < t:
-        x, _ = read(params, ids, mask, init_cache(params, b, t), chunk_size)
+        x, _ = read(params, ids, mask, init_cache(params, b, t), chunk_size, attn_implementation=kind)
     else:
-        x = decoder(params, Inputs(ids=ids, mask=mask)).last_hidden_state
+        x = decoder(params, Inputs(ids=ids, mask=mask, attn_implementation=kind)).last_hidden_state
     # What stands in column c is predicted in column c - 1; before a row's first token there is nothing, or the prefix.
     x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :t]
     if prefix is not None:

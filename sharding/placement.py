@@ -84,6 +84,17 @@ class Placement:
         """`constrain`, and where its cotangent is to lie: left to itself, jax has that lie as x does."""
         return _constrain_both(x, self.fitting(x.shape, axes), self.fitting(x.shape, back))
 
+    def on_each(self, function: Any, arrays: list[jax.Array], axes: list[Axes], out_axes: Axes) -> jax.Array:
+        """``function(*arrays)`` on each device, of its own parts of them; the result has the first one's shape.
+
+        For what the compiler does not partition: kernels.
+        """
+        if self.mesh.size == 1:
+            return function(*arrays)
+        specs = tuple(self.fitting(x.shape, own).spec for x, own in zip(arrays, axes, strict=False))
+        out = self.fitting(arrays[0].shape, out_axes).spec
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
+
     def gather(self, weight: jax.Array, axes: Axes) -> jax.Array:
         """A weight as it is used: whole along the mesh axes that split the tokens, whose devices all need it.
 

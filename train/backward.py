@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from optjax.attention import causal_mask
 from optjax.heads import IGNORE_INDEX
+from optjax.kernels.flash import Flash
 from optjax.layer import USED_WEIGHT, decoder_layer
 from optjax.model import Inputs, embed, finish
 from optjax.params import Params
@@ -177,8 +178,11 @@ def _layer(params: Params, options: StepOptions):
     def layer(weights: Weights, x: jax.Array, key) -> jax.Array:
         t = x.shape[1]
         mask = causal_mask(jnp.ones((1, t), bool), jnp.arange(t, dtype=jnp.int32))
-        block = options.block_of_queries(t)
-        y, _, _ = decoder_layer(config, placement, weights, x, mask, None, key, None, block)
+        if options.attention_kind(params, x.shape[:2]) == "flash":
+            kind: Any = {"flash": Flash(placement)}
+        else:
+            kind = {"query_block": options.block_of_queries(t)}
+        y, _, _ = decoder_layer(config, placement, weights, x, mask, None, key, None, **kind)
         return constrain(placement, y, "batch", "residual_length", None)
 
     policies = jax.checkpoint_policies

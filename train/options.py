@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from optjax.kernels.choice import IMPLEMENTATIONS, settle, spread_by_hand
+from optjax.params import Params
+
 REMAT = ("none", "dots", "full", "offload")
 DTYPES = ("float32", "bfloat16")
 MEMORIES = ("device", "host")
@@ -26,25 +29,29 @@ class StepOptions:
         matrix products with weights give; ``"full"``: the layer's input; ``"offload"``: that, in the host's memory.
       query_block: attention goes over so many queries at a time, whose scores are computed again in the backward pass;
         0 is all at once. By default 512 of records of 1024 tokens and more.
+      attn_implementation: ``"eager"``, ``"flash"`` (kernels of TPU and GPU, without attention dropout), or ``"auto"``,
+        which is ``"flash"`` where that can be had and no query_block is given; see `optjax.attention_kind`.
       loss_chunks: a row's logits are made in so many parts, forward and backward, and never exist in full. By default
         as many as keep a part below 128 MiB on a device.
       moments_dtype: of AdamW's moments. bfloat16 is rounded stochastically, so that small changes add up.
       moments_memory: ``"device"``, or ``"host"`` (pinned), from where each layer's come while it is updated.
 
     Raises:
-      ValueError: there is no such value.
+      ValueError: there is no such value, or query_block with ``"flash"``.
     """
 
     dtype: str = "float32"
     micro_batches: int = 1
     remat: str = "none"
     query_block: int | None = None
+    attn_implementation: str = "eager"
     loss_chunks: int | None = None
     moments_dtype: str = "float32"
     moments_memory: str = "device"
 
     def __post_init__(self):
         for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("moments_dtype", DTYPES),
+                              ("attn_implementation", IMPLEMENTATIONS),
                               ("moments_memory", MEMORIES)):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} should be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -52,6 +59,21 @@ class StepOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} should be an integer of {least} or more, not {value!r}")
+
+        if self.attn_implementation == "flash" and self.query_block is not None:
+            raise ValueError("query_block is of attn_implementation 'eager'; 'flash' has blocks of its own")
+
+    def attention_kind(self, params: Params, shape: tuple[int, int]) -> str:
+        """What attention will be for records that make ids ``[B, T]``: ``"flash"`` or ``"eager"``.
+
+        Raises:
+          ValueError: ``"flash"`` is asked for and cannot be had.
+        """
+        name = "eager" if self.query_block is not None else self.attn_implementation
+        rate = params.config.attention_dropout
+        odd = f"it has no dropout, and attention_dropout is {rate}" if rate > 0 else None
+        by_hand = spread_by_hand(params)
+        return settle(name, params.config, params.placement, self.dtype, shape, odd=odd, by_hand=by_hand)
 
     def block_of_queries(self, length: int) -> int | None:
         """The queries that attention takes at a time, of rows of this length; None for all.

@@ -28,6 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from optjax.config import OPTConfig
+from optjax.kernels.choice import IMPLEMENTATIONS
 from optjax.params import init_params
 from optjax.sharding import RULES, initialize, make_mesh
 from optjax.sharding.rules import DEFAULT_RULES
@@ -204,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
         "is (full), or is in the host's memory (offload) (none)",
     )
     group.add_argument("--query-block", type=int, help="queries attended at a time; 0: all (512 of 1024 and more)")
+    group.add_argument(
+        "--attn-implementation",
+        choices=IMPLEMENTATIONS,
+        default="eager",
+        help="kernels of TPU and GPU (flash), or none; auto: flash where it can be had (eager)",
+    )
     group.add_argument("--loss-chunks", type=int, help="parts of a row whose logits exist together (by their size)")
     group.add_argument("--moments-dtype", choices=DTYPES, default="float32", help="of AdamW's state (float32)")
     group.add_argument("--moments-memory", choices=MEMORIES, default="device", help="where AdamW's state is (device)")
@@ -263,6 +270,7 @@ def main(argv: list[str] | None = None) -> None:
                 micro_batches=args.micro_batches,
                 remat=args.remat,
                 query_block=args.query_block,
+                attn_implementation=args.attn_implementation,
                 loss_chunks=args.loss_chunks,
                 moments_dtype=args.moments_dtype,
                 moments_memory=args.moments_memory,

@@ -145,4 +145,5 @@ def check_batch(params: Params, rows: int, tokens: int, options: StepOptions) ->
                 "another length, or None for it in the rules"
             )
     options.block_of_queries(length)
+    options.attention_kind(params, (rows // options.micro_batches, length))
     options.chunks_of_loss(length // shares, 1.0)

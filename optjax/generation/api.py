@@ -23,6 +23,7 @@ from optjax.generation.prefix import check_prefix
 from optjax.generation.processors import check_own_processors
 from optjax.generation.settings import Settings, as_settings
 from optjax.generation.speculative import Progress, advance_round, begin, run_speculative
+from optjax.kernels.choice import attention_kind, spread_by_hand
 from optjax.params import Params, as_key
 from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, check_rows_not_empty, is_concrete
@@ -240,6 +241,19 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
     if settings.guidance is not None and options.get("negative_prompt_ids") is not None:
         negative = _negative_prompts(config, ids.shape[0], int(max_new_tokens), options)
         settings = dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, **negative))
+    if settings.attn_implementation == "auto" and spread_by_hand(params):
+        settings = dataclasses.replace(settings, attn_implementation="eager")
+    rows, t = ids.shape[0] * (1 if settings.guidance is None else 2), bucket(ids.shape[1])
+    chunks = settings.prefill_chunk_size is not None and settings.prefill_chunk_size < t
+    for reader in [params] if not isinstance(assistant, Params) else [params, assistant]:
+        attention_kind(
+            reader,
+            rows,
+            t,
+            cache=chunks or (prefix is not None and reader is params),
+            cache_dtype=settings.cache_dtype if prefix is None or reader is not params else prefix.cache.dtype,
+            attn_implementation=settings.attn_implementation,
+        )
     columns = bucket(ids.shape[1]) + bucket(int(max_new_tokens)) + (0 if prefix is None else prefix.columns)
     check_own_processors(settings, ids.shape[0], columns, config.vocab_size)
     if not settings.do_sample:

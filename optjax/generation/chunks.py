@@ -15,17 +15,27 @@ from optjax.params import Params
 
 
 def read(
-    params: Params, ids: jax.Array, mask: jax.Array | None, cache: Cache, chunk_size: int | None, keep: bool = True
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array | None,
+    cache: Cache,
+    chunk_size: int | None,
+    keep: bool = True,
+    *,
+    attn_implementation: str,
+    no_past: bool = False,
 ) -> tuple[jax.Array, Cache]:
     """Reads ``[B, T]`` into the cache, at most ``chunk_size`` columns at a time; None for all.
 
     Returns the last hidden states ``[B, T, E]``, or at least the last of them, ``[B, 1, E]``, unless all are to be
     kept; and the cache. Chunks are one loop, so that what is computed on the way is that of one of them. It begins
-    where the first real token of any row is: what padding there is before that takes no time.
+    where the first real token of any row is: what padding there is before that takes no time. ``no_past`` says that
+    the cache is empty; of chunks all are read as if it were not.
     """
     t = ids.shape[1]
     if chunk_size is None or chunk_size >= t:
-        out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache))
+        inputs = Inputs(ids=ids, mask=mask, cache=cache, attn_implementation=attn_implementation, no_past=no_past)
+        out = decoder(params, inputs)
         assert out.cache is not None  # the decoder returns one where it was given one
         return out.last_hidden_state, out.cache
     mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask)
@@ -36,7 +46,8 @@ def read(
 
     def one(first: jax.Array | int, size: int, cache: Cache) -> tuple[jax.Array, Cache]:
         its_ids, its_mask = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (ids, mask))
-        inputs = Inputs(ids=its_ids, mask=its_mask, cache=dataclasses.replace(cache, index=start + first))
+        past = dataclasses.replace(cache, index=start + first)
+        inputs = Inputs(ids=its_ids, mask=its_mask, cache=past, attn_implementation=attn_implementation)
         out = decoder(params, inputs)
         assert out.cache is not None
         return out.last_hidden_state if keep else out.last_hidden_state[:, -1:], out.cache

@@ -14,6 +14,7 @@ from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.chunks import as_chunk_size, read
 from optjax.generation.prefix import Prefix, check_prefix, continued
 from optjax.heads import lm_logits
+from optjax.kernels.choice import attention_kind
 from optjax.model import Inputs, decoder
 from optjax.params import Params
 from optjax.validate import (
@@ -38,6 +39,7 @@ def prefill(
     prefix: Prefix | None = None,
     cache_dtype: Any = None,
     prefill_chunk_size: int | None = None,
+    attn_implementation: str = "auto",
 ) -> tuple[jax.Array, Cache]:
     """Reads a prompt: the next token's logits ``[B, V]`` in float32, and the cache that holds the prompt.
 
@@ -50,9 +52,10 @@ def prefill(
       prefix: from `read_prefix`; the new cache begins with its columns, which come on top of max_length.
       cache_dtype: of a new cache; see `Options`.
       prefill_chunk_size: read so many columns at a time at most, in one program.
+      attn_implementation: ``"eager"``, ``"flash"`` or ``"auto"``, as of `forward`.
 
     Raises:
-      ValueError: ids, mask, cache or lengths that do not fit.
+      ValueError: ids, mask, cache or lengths that do not fit; ``attn_implementation="flash"`` where it cannot be had.
     """
     check_params(params, ("causal_lm",))
     ids = as_ids(ids, params.config.vocab_size)
@@ -77,11 +80,18 @@ def prefill(
             raise ValueError(f"max_length {max_length} is less than the {ids.shape[1]} columns of the prompt")
         columns = int(max_length)
     if prefix is not None:
-        return _prefill_after(params, ids, mask, prefix, columns, chunk_size)
+        queries = ids.shape[1] if chunk_size is None else min(chunk_size, ids.shape[1])
+        how = attn_implementation
+        kind = attention_kind(params, ids.shape[0], queries, cache=prefix.cache, attn_implementation=how)
+        return _prefill_after(params, ids, mask, prefix, columns, chunk_size, kind)
     check_positions(params.config, mask, None, cache, ids.shape)
+    (b, t), no_past = ids.shape, cache is None
     if cache is None:
-        cache = init_cache(params, ids.shape[0], columns, cache_dtype)
-    return _prefill(params, ids, mask, cache, chunk_size)
+        cache = init_cache(params, b, columns, cache_dtype)
+    queries = t if chunk_size is None else min(chunk_size, t)
+    past, how = None if no_past and queries == t else cache, attn_implementation
+    kind = attention_kind(params, b, queries, cache=past, cache_dtype=cache.dtype, attn_implementation=how)
+    return _prefill(params, ids, mask, cache, chunk_size, kind, no_past)
 
 
 def _check_after(params: Params, prefix: Any, ids: Any, mask: Any) -> None:
@@ -116,18 +126,28 @@ def decode_step(params: Params, ids: Any, cache: Cache) -> tuple[jax.Array, Cach
     return _decode_step(params, ids.astype(jnp.int32), cache)
 
 
-@partial(jax.jit, donate_argnames="cache", static_argnames="chunk_size")
-def _prefill(params: Params, ids, mask, cache: Cache, chunk_size: int | None = None) -> tuple[jax.Array, Cache]:
-    return _logits_after(params, ids, mask, cache, chunk_size)
+@partial(jax.jit, donate_argnames="cache", static_argnames=("chunk_size", "kind", "no_past"))
+def _prefill(
+    params: Params,
+    ids,
+    mask,
+    cache: Cache,
+    chunk_size: int | None = None,
+    kind: str = "eager",
+    no_past: bool = False,
+) -> tuple[jax.Array, Cache]:
+    return _logits_after(params, ids, mask, cache, chunk_size, kind, no_past)
 
 
-@partial(jax.jit, static_argnums=(4, 5))
-def _prefill_after(params: Params, ids, mask, prefix: Prefix, columns: int, chunk_size: int | None):
-    return _logits_after(params, ids, mask, continued(params, prefix, ids.shape[0], columns), chunk_size)
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def _prefill_after(params: Params, ids, mask, prefix: Prefix, columns: int, chunk_size: int | None, kind: str):
+    return _logits_after(params, ids, mask, continued(params, prefix, ids.shape[0], columns), chunk_size, kind)
 
 
-def _logits_after(params: Params, ids, mask, cache: Cache, chunk_size: int | None) -> tuple[jax.Array, Cache]:
-    x, cache = read(params, ids, mask, cache, chunk_size)
+def _logits_after(
+    params: Params, ids, mask, cache: Cache, chunk_size: int | None, kind: str, no_past: bool = False
+) -> tuple[jax.Array, Cache]:
+    x, cache = read(params, ids, mask, cache, chunk_size, attn_implementation=kind, no_past=no_past)
     if mask is None:
         last = x[:, -1]
     else:

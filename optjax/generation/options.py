@@ -85,6 +85,7 @@ class Options(TypedDict, total=False):
       prefix: from `read_prefix`: what stands before the prompts, all of them or each one, and need not be read again.
         ``ids`` are what follows it. Score processors and stop strings see it as part of the prompts, and an
         assistant_model, which has not read it, reads it with them; a negative prompt stands alone.
+      attn_implementation: how prompts are read: ``"eager"``, ``"flash"`` or ``"auto"`` (the default), as of `forward`.
       penalty_alpha: contrastive search (Su et al. 2022): of the top_k most probable tokens, 2 at least, the one with
         the most of (1 - penalty_alpha) × its probability - penalty_alpha × its likeness to what the row holds. 0 is
         off.
@@ -136,3 +137,4 @@ class Options(TypedDict, total=False):
     prefill_chunk_size: int | None
     prefix: Prefix | None
     penalty_alpha: float | None
+    attn_implementation: str

@@ -15,6 +15,7 @@ from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.aligned import right_aligned
 from optjax.generation.buckets import pad_to_bucket
 from optjax.generation.chunks import as_chunk_size, read
+from optjax.kernels.choice import spread_by_hand
 from optjax.params import Params
 from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, check_positions, check_rows_not_empty, is_concrete
@@ -77,14 +78,16 @@ def read_prefix(
     dtype = None if cache_dtype is None else as_cache_dtype(cache_dtype)
     chunk_size = as_chunk_size(prefill_chunk_size)
     ids, mask = pad_to_bucket(*((np.asarray(x) if is_concrete(x) else x) for x in (ids, mask)))
-    return _read_prefix(params, ids, mask, dtype=dtype, chunk_size=chunk_size)
+    kind = "eager" if spread_by_hand(params) else "auto"
+    return _read_prefix(params, ids, mask, dtype=dtype, chunk_size=chunk_size, kind=kind)
 
 
-@partial(jax.jit, static_argnames=("dtype", "chunk_size"))
-def _read_prefix(params: Params, ids, mask, *, dtype: Any, chunk_size: int | None) -> Prefix:
+@partial(jax.jit, static_argnames=("dtype", "chunk_size", "kind"))
+def _read_prefix(params: Params, ids, mask, *, dtype: Any, chunk_size: int | None, kind: str) -> Prefix:
     ids, mask = right_aligned(jnp.asarray(ids), jnp.asarray(mask))
     rows, columns = ids.shape
-    hidden, cache = read(params, ids, mask, init_cache(params, rows, columns, dtype), chunk_size)
+    empty, how = init_cache(params, rows, columns, dtype), {"attn_implementation": kind, "no_past": True}
+    hidden, cache = read(params, ids, mask, empty, chunk_size, **how)
     return Prefix(cache, ids, hidden)
 
 

@@ -28,4 +28,5 @@ def read_prompts(
     else:
         has_prefix = None if settings.guidance is None else jnp.arange(b) < b // 2
         cache = continued(params, prefix, b, t + room, has_prefix)
-    return read(params, ids, mask, cache, settings.prefill_chunk_size, keep)
+    how = {"attn_implementation": settings.attn_implementation, "no_past": prefix is None}
+    return read(params, ids, mask, cache, settings.prefill_chunk_size, keep, **how)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,14 @@ class Reader:
         if not isinstance(value, bool | np.bool_):
             self.problems.append(f"{name} should be True or False, not {value!r}")
         return value is True or value is np.True_
+
+    def one_of(self, name: str, allowed: Sequence[str]) -> str:
+        """One of the texts allowed; the first by default."""
+        value = self.options.get(name, allowed[0])
+        if value not in allowed:
+            self.problems.append(f"{name} should be one of {', '.join(allowed)}, not {value!r}")
+            return allowed[0]
+        return value
 
     def count(self, name: str, default: int, *, low: int = 0, none: int | None = None) -> int:
         """An integer of at least ``low``; ``none`` (or else the default) where None is given."""

@@ -23,6 +23,7 @@ from optjax.generation.reader import Reader
 from optjax.generation.search import Beams, Contrastive, read_search
 from optjax.generation.speculation import Speculation, read_speculation
 from optjax.generation.stop_strings import StopTable, stop_table
+from optjax.kernels.choice import IMPLEMENTATIONS
 
 
 @partial(
@@ -67,6 +68,7 @@ from optjax.generation.stop_strings import StopTable, stop_table
         "output_scores",
         "cache_dtype",
         "prefill_chunk_size",
+        "attn_implementation",
     ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Settings:
     output_scores: bool = False
     cache_dtype: Any = None
     prefill_chunk_size: int | None = None
+    attn_implementation: str = "auto"
 
     @property
     def candidates(self) -> int:
@@ -162,6 +165,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         do_sample=do_sample,
         num_return_sequences=samples,
         output_scores=output_scores,
+        attn_implementation=read.one_of("attn_implementation", IMPLEMENTATIONS),
         remove_invalid_values=read.flag("remove_invalid_values"),
         renormalize_logits=read.flag("renormalize_logits"),
         logits_processor=read.functions("logits_processor"),

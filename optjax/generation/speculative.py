@@ -98,7 +98,8 @@ def begin(params: Params, ids, mask, settings: Settings, key, max_new_tokens, *,
             ids, mask = right_aligned(*before(settings.prefix, *right_aligned(ids, mask)))
             b, t = ids.shape
             empty = init_cache(spec.assistant, b, t + columns, settings.cache_dtype)
-            _, draft_cache = read(spec.assistant, ids, mask, empty, settings.prefill_chunk_size, keep=False)
+            how = {"keep": False, "attn_implementation": settings.attn_implementation, "no_past": True}
+            _, draft_cache = read(spec.assistant, ids, mask, empty, settings.prefill_chunk_size, **how)
             if settings.num_return_sequences > 1:
                 draft_cache = reorder_cache(draft_cache, jnp.repeat(jnp.arange(b), settings.num_return_sequences))
     made = jax.tree.map(lambda x: jnp.zeros((x.shape[0], room, *x.shape[1:]), x.dtype), state.choice)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from optjax.cache import Cache, cache_axes, default_layout, init_cache, map_columns, scale_axes
 from optjax.config import OPTConfig
 from optjax.generation.decode import _decode_step, _prefill
+from optjax.kernels.choice import attention_kind
 from optjax.params import abstract_params
 from optjax.sharding.placement import Placement
 
@@ -37,8 +38,9 @@ def generation_programs(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     prompts = (ids(batch, prompt), ids(batch, prompt, dtype=jnp.bool_))
+    kind = attention_kind(params, batch, prompt, cache_dtype=cache_dtype)
     return [
-        Program("prefill", _prefill, (params, *prompts, cache), groups),
+        Program("prefill", _prefill, (params, *prompts, cache, None, kind, True), groups),
         Program("decode step", _decode_step, (params, ids(batch), cache), groups),
     ]
 

@@ -1,0 +1,176 @@
+"""Which attention a pass of the model takes: by flash kernels, or the plain one of `optjax.attention`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from optjax.cache import Cache
+from optjax.config import OPTConfig
+from optjax.params import Params
+from optjax.placed import parts, platform
+
+if TYPE_CHECKING:
+    from optjax.sharding import Placement
+
+IMPLEMENTATIONS = ("auto", "eager", "flash")
+
+# Scores of fewer queries are smaller than the queries, keys and values they are made of.
+MANY_QUERIES = 256
+
+# What the kernels take; the plain path takes anything.
+_DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
+_HEAD_DIM = {"tpu": 256, "gpu": 128}
+
+# "tpu" or "gpu": see `interpreted`.
+_interpreted: str | None = None
+
+
+def check_implementation(name: Any) -> str:
+    """ValueError unless it is one of `IMPLEMENTATIONS`."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attn_implementation should be one of {', '.join(IMPLEMENTATIONS)}, not {name!r}")
+    return name
+
+
+def attention_kind(
+    params: Params,
+    batch_size: int,
+    queries: int,
+    *,
+    cache: Cache | bool | None = None,
+    cache_dtype: Any = None,
+    attn_implementation: str = "auto",
+) -> str:
+    """What attention of a pass will be: ``"flash"`` or ``"eager"``; nothing is compiled or run.
+
+    ``"auto"``, the default everywhere, is ``"flash"`` on TPU and GPU for 256 queries of a row and more, where the
+    kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32). It is never so
+    on CPU.
+
+    Args:
+      queries: T, the tokens of a row in this pass: those of a prompt, or of a record to train on.
+      cache: one that has a past, or True in its place: a prompt is read on. (Into an empty one a prompt is read as if
+        there were none.)
+      cache_dtype: of an empty cache that is read into; see `init_cache`. One that has a past says it itself.
+
+    Raises:
+      ValueError: ``"flash"`` is asked for and cannot be had; the message says why.
+    """
+    has_past = cache is not None and cache is not False
+    one_column = not isinstance(cache, Cache) or cache.index.ndim == 0
+    dtype = cache.dtype if isinstance(cache, Cache) else cache_dtype
+    return settle(
+        attn_implementation,
+        params.config,
+        params.placement,
+        params.dtype,
+        (batch_size, queries),
+        has_past=has_past,
+        one_column=one_column,
+        odd=rounded_cache(dtype),
+        by_hand=spread_by_hand(params),
+    )
+
+
+def rounded_cache(dtype: Any) -> str | None:
+    """What keeps kernels from reading into or over a cache of such a dtype, in words; None where nothing does.
+
+    Tokens that are read into an empty int8 cache look at what it holds of them, as those that come later do.
+    """
+    return "the cache is int8" if dtype is not None and jnp.dtype(dtype) == jnp.int8 else None
+
+
+def settle(
+    name: str,
+    config: OPTConfig,
+    placement: Placement | None,
+    dtype: Any,
+    shape: tuple[int, int],
+    *,
+    has_past: bool = False,
+    one_column: bool = True,
+    odd: str | None = None,
+    by_hand: bool = False,
+) -> str:
+    """``"flash"`` or ``"eager"``, for a pass over ids ``[B, T]``.
+
+    Args:
+      one_column: all rows' queries begin in the same column.
+      odd: what else is asked for that no kernel does, in words.
+      by_hand: the params are spread over devices that no placement knows of.
+
+    Raises:
+      ValueError: as `attention_kind`.
+    """
+    if check_implementation(name) == "eager":
+        return "eager"
+    on = kernel_platform(placement)
+    problem = odd or _problem(config, placement, dtype, shape, on, has_past, one_column)
+    if name == "flash":
+        if problem is not None:
+            raise ValueError(
+                f"attn_implementation='flash' cannot be had: {problem}; with 'auto' attention is then 'eager', "
+                "the plain path"
+            )
+        return "flash"
+    small = shape[1] < MANY_QUERIES
+    rounds = on == "gpu" and jnp.dtype(dtype) == jnp.float32
+    return "eager" if problem or small or rounds or by_hand else "flash"
+
+
+def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_column: bool) -> str | None:
+    if on not in _DTYPES:
+        return f"the kernels are for TPU and GPU, and these params are on {on.upper()}"
+    if jnp.dtype(dtype).name not in _DTYPES[on]:
+        return f"on {on.upper()} the kernels compute in {' or '.join(_DTYPES[on])}, not in {jnp.dtype(dtype).name}"
+    if config.head_dim > _HEAD_DIM[on]:
+        return f"on {on.upper()} the kernels take heads of up to {_HEAD_DIM[on]} dimensions, not {config.head_dim}"
+    if parts(placement, shape[1], "length") > 1:
+        return "a row's tokens are spread over devices (by the rule for 'length')"
+    if has_past and on == "gpu":
+        return "on GPU no kernel reads a cache that has a past"
+    if has_past and placement is not None and placement.shards("cache_length") > 1:
+        return "the cache's columns are spread over devices (by the rule for 'cache_length')"
+    if not one_column:
+        return "the rows are in different columns of the cache"
+    return None
+
+
+def spread_by_hand(params: Params) -> bool:
+    """Whether arrays lie on several devices of which ``params.placement`` knows nothing; no kernel is split then."""
+    if params.placement is not None:
+        return False
+    leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)]
+    return any(len(leaf.sharding.device_set) > 1 for leaf in leaves)
+
+
+def kernel_platform(placement: Placement | None) -> str:
+    """The platform whose kernels are used: that of the params, or the one that is `interpreted`."""
+    return _interpreted or platform(placement)
+
+
+def interprets() -> bool:
+    """Whether kernels are interpreted."""
+    return _interpreted is not None
+
+
+@contextlib.contextmanager
+def interpreted(platform: str) -> Iterator[None]:
+    """Runs the kernels of ``"tpu"`` or ``"gpu"`` by Pallas' interpreter, on any device and slowly: for tests.
+
+    Compiled programs do not remember who wanted them, so they are forgotten at either end.
+    """
+    global _interpreted
+    jax.clear_caches()
+    _interpreted = platform
+    try:
+        yield
+    finally:
+        _interpreted = None
+        jax.clear_caches()
