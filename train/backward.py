@@ -178,7 +178,7 @@ def _layer(params: Params, options: StepOptions):
     def layer(weights: Weights, x: jax.Array, key) -> jax.Array:
         t = x.shape[1]
         mask = causal_mask(jnp.ones((1, t), bool), jnp.arange(t, dtype=jnp.int32))
-        if options.attention_kind(params, x.shape[:2]) == "flash":
+        if options.attention_kind(params, (x.shape[0], t)) == "flash":
             kind: Any = {"flash": Flash(placement)}
         else:
             kind = {"query_block": options.block_of_queries(t)}

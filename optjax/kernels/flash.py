@@ -53,6 +53,7 @@ class Flash:
             if self.real is not None:
                 out = _where_none(jnp.cumsum(self.real, axis=1) == 0, v, out)
         else:
+            assert self.real_keys is not None and self.index is not None  # both come with a cache
             out = _over_cache(self.placement, q, k, v, self.real_keys, self.index)
             seen = jax.lax.dynamic_slice_in_dim(jnp.cumsum(self.real_keys, axis=1), self.index, t, axis=1)
             out = _where_none(seen == 0, v, out)
