@@ -8,6 +8,7 @@ from optjax.generation import GenerateOutput, Prefix, decode_step, generate, pre
 from optjax.heads import causal_lm, question_answering, sequence_classification
 from optjax.kernels.choice import attention_kind
 from optjax.model import forward
+from optjax.offloading import offload
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
 from optjax.quantization.quantize import Quantization, dequantize, quantize
 from optjax.quantization.weight import QuantizedWeight
@@ -38,6 +39,7 @@ __all__ = [
     "init_params",
     "load",
     "load_params",
+    "offload",
     "prefill",
     "quantize",
     "read_prefix",

@@ -19,6 +19,7 @@ from optjax.declaration import logical_axes
 from optjax.kernels.choice import rounded_cache, settle, spread_by_hand
 from optjax.kernels.flash import Flash
 from optjax.layer import decoder_layer, layer_norm, linear
+from optjax.offloading import bring
 from optjax.params import Params, as_key
 from optjax.placed import constrain, gather
 from optjax.quantization.weight import QuantizedWeight
@@ -228,7 +229,7 @@ def decoder(
     hidden: Any
     attentions: Any
     buffers: Any = None
-    if params.stacked and cache is None:
+    if params.stacked and cache is None and params.offload is None:
         layers = jnp.arange(config.num_hidden_layers)
 
         def step(x, each):
@@ -239,11 +240,12 @@ def decoder(
         hidden, attentions = (None if a is None else tuple(a) for a in (hidden, attentions))
     else:
         # With a cache the layers are unrolled: a scan would carry a second copy of the cache.
-        kept = []
+        kept, coming = [], None
         for i in range(config.num_hidden_layers):
             head_mask = None if inputs.head_mask is None else inputs.head_mask[i]
             past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, out = layer(x, params.layer(i), i, head_mask, past)
+            weights, coming = bring(params, i, x, coming)
+            x, out = layer(x, weights, i, head_mask, past)
             kept.append(out)
         hidden, attentions, buffers = zip(*kept, strict=True)
 

@@ -18,26 +18,31 @@ from optjax.config import OPTConfig
 from optjax.declaration import Weight, declare
 
 if TYPE_CHECKING:
+    from optjax.offloading import Offload
     from optjax.quantization.quantize import Quantization
     from optjax.sharding import Placement
 
 SCHEMES = ("hf", "paper")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config", "head", "placement"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["config", "head", "placement", "offload"]
+)
 @dataclasses.dataclass(frozen=True)
 class Params:
     """The weights of a model: a pytree whose leaves are arrays.
 
     ``weights`` is nested by Hugging Face's names (``params["layers"][0]["fc1"]["weight"]``, ``[out, in]``). The layers
     stand in a list, one dict each (the layout for decoding), or in one dict whose leaves have a leading ``L`` axis (the
-    layout for training with scan); `stack_layers` and `unstack_layers` go from one to the other.
+    layout for training with scan); `stack_layers` and `unstack_layers` go from one to the other. ``offload`` is None or
+    says where layers lie that are not on the device (`optjax.offload`).
     """
 
     weights: dict[str, Any]
     config: OPTConfig
     head: str | None = "causal_lm"
     placement: Placement | None = None
+    offload: Offload | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.weights[name]
@@ -199,8 +204,11 @@ def _normal(
 
 
 def stack_layers(params: Params) -> Params:
-    """The same params with layers stacked ``[L, …]``: the layout `forward` scans over. Works on abstract leaves too."""
-    if params.stacked:
+    """The same params with layers stacked ``[L, …]``: the layout `forward` scans over. Works on abstract leaves too.
+
+    Offloaded layers stay as they are.
+    """
+    if params.stacked or params.offload is not None:
         return params
 
     def stack(*leaves):
@@ -217,8 +225,11 @@ def stack_layers(params: Params) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same params with layers in a list, one dict each: the layout `generate` is fastest with."""
-    if not params.stacked:
+    """The same params with layers in a list, one dict each: the layout `generate` is fastest with.
+
+    Offloaded layers stay as they are.
+    """
+    if not params.stacked or params.offload is not None:
         return params
 
     def take(i: int):

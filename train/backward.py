@@ -20,6 +20,7 @@ from optjax.heads import IGNORE_INDEX
 from optjax.kernels.flash import Flash
 from optjax.layer import USED_WEIGHT, decoder_layer
 from optjax.model import Inputs, embed, finish
+from optjax.offloading import check_not_offloaded
 from optjax.params import Params
 from optjax.placed import constrain
 
@@ -31,7 +32,8 @@ Weights = dict[str, Any]
 
 
 def check_not_quantized(params: Params) -> None:
-    """ValueError for quantized params, whose codes have no gradient."""
+    """ValueError for quantized params, whose codes have no gradient, and for offloaded ones."""
+    check_not_offloaded(params, "they do not train")
     if params.quantization is not None:
         raise ValueError(
             f"these params are quantized to {params.quantization.kind}, and codes do not train: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.hub import resolve_source
-from optjax.checkpoints.open import open_checkpoint
+from optjax.checkpoints.layer_files import layer_files, stays_in_files
+from optjax.checkpoints.open import Opened, open_checkpoint
 from optjax.checkpoints.place import placer, stack
 from optjax.checkpoints.progress import progress_bar
 from optjax.checkpoints.quantized import read_quantized
 from optjax.config import OPTConfig
-from optjax.declaration import Weight
+from optjax.declaration import Weight, declare
+from optjax.offloading import HostMemory, as_offload
 from optjax.params import Params, as_key, as_placement, build_params, init_weight
 from optjax.placed import platform
 from optjax.quantization.quantize import Quantization, as_quantization, check_placement, quantize_weight
@@ -39,6 +42,7 @@ def load_params(
     token: str | bool | None = None,
     progress: bool | None = None,
     quantization: str | Quantization | None = None,
+    offload: str | None = None,
 ) -> Params:
     """The params of a checkpoint.
 
@@ -60,18 +64,23 @@ def load_params(
       quantization: ``"int8"``, ``"int4"``, ``"nf4"`` or an `optjax.Quantization`: quantize each matrix as it comes, so
         that the whole is never there in full precision (see `optjax.quantize`). A checkpoint that was saved quantized
         is loaded as it is without it.
+      offload: for a model larger than the device's memory: ``"host"`` keeps the layers' matrices in the memory of the
+        device's host, ``"disk"`` leaves them in the files, which then must stay as they are. Either way each layer
+        comes to the device when its turn is, at every step: a step takes as long as bringing all of them, for one row
+        or many (``optjax plan --offload`` says how long). Every function but training takes such params.
       progress: show a progress bar; by default for more than 1 GB on a terminal or in a notebook.
 
     Raises:
       FileNotFoundError: nothing is at ``source``, or no checkpoint is in it.
       ConnectionError: a download broke off; a second attempt goes on where it stopped.
-      ValueError: a dtype, head, key, config, mesh, rules or quantization that make no sense, or another quantization
-        than the checkpoint's own.
+      ValueError: a dtype, head, key, config, mesh, rules, quantization or offload that make no sense or do not go
+        together, or another quantization than the checkpoint's own.
       CheckpointError (a ValueError): a file is broken, or missing, unexpected and mis-shaped tensors, all listed.
     """
     dtype = None if dtype is None else _floating(dtype)
     key = None if key is None else as_key(key)
-    wanted = as_quantization(quantization)
+    wanted, offload = as_quantization(quantization), as_offload(offload)
+    _check_offload(offload, stacked, wanted, mesh)
     path = resolve_source(source, revision=revision, token=token)
     opened = open_checkpoint(path, head, config, create_head=key is not None)
     config, head, plan = opened.config, opened.head, opened.plan
@@ -83,7 +92,8 @@ def load_params(
     meant = dtype or _kept(opened.dtype)  # what quantized weights stand for
     check_placement(wanted or held, config, head, placement)
 
-    with progress_bar(opened.nbytes, f"loading {Path(source).name}", progress) as advance:
+    files = layer_files(config, plan, held, meant) if offload == "disk" else None
+    with progress_bar(_nbytes(opened, offload), f"loading {Path(source).name}", progress) as advance:
 
         def leaf(weight: Weight, layer: int | None) -> Any:
             if weight in plan.created and key is not None:
@@ -91,9 +101,11 @@ def load_params(
                 created = init_weight(config, weight, own, meant, placement=placement)
                 made = wanted or held
                 return created if made is None else quantize_weight(made, weight, created, placement, meant)
+            if files is not None and stays_in_files(weight):
+                return None
             if weight.per_layer and layer is None:
                 each = (one(weight, i) for i in range(config.num_hidden_layers))
-                return stack(each, config.num_hidden_layers)
+                return stack(each, config.num_hidden_layers, on_host=offload == "host")
             return one(weight, layer)
 
         def one(weight: Weight, layer: int | None) -> Any:
@@ -109,7 +121,10 @@ def load_params(
             advance(tensor.nbytes)
             return made
 
-        return build_params(config, head, leaf, stacked=stacked, placement=placement)
+        params = build_params(config, head, leaf, stacked=stacked or offload == "host", placement=placement)
+    if offload is None:
+        return params
+    return dataclasses.replace(params, offload=files or HostMemory(wanted or held))
 
 
 def load(source: str | Path, dtype: Any = None, head: str | None = None, **options: Any) -> tuple[Params, Tokenizer]:
@@ -119,6 +134,29 @@ def load(source: str | Path, dtype: Any = None, head: str | None = None, **optio
     hub = {name: options[name] for name in ("revision", "token") if name in options}
     params = load_params(source, dtype, head, **options)
     return params, Tokenizer.load(resolve_source(source, **hub, weights=False))
+
+
+def _check_offload(offload: str | None, stacked: bool, wanted: Quantization | None, mesh: Any) -> None:
+    """ValueError for what does not go with ``offload``."""
+    if offload is None:
+        return
+    if stacked:
+        raise ValueError("stacked=True is for training, which offloaded layers are not; leave one of them out")
+    if offload == "disk" and mesh is not None:
+        raise ValueError("offload='disk' reads for one device; over a mesh use offload='host'")
+    if offload == "disk" and wanted is not None:
+        raise ValueError(
+            "offload='disk' takes layers from the files as they are: write them quantized first "
+            "(optjax convert --quantize), then load those without quantization="
+        )
+
+
+def _nbytes(opened: Opened, offload: str | None) -> int:
+    """Of what is read while loading."""
+    if offload != "disk":
+        return opened.nbytes
+    in_files = {weight.path for weight in declare(opened.config, None) if stays_in_files(weight)}
+    return sum(tensor.nbytes for (path, _), tensor in opened.plan.tensors.items() if path not in in_files)
 
 
 def _floating(dtype: Any) -> np.dtype:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from optjax.checkpoints.tensors import TensorRef, aligned_empty, block
 from optjax.declaration import Weight
+from optjax.offloading import host_sharding, is_on_host
 from optjax.params import stacked_sharding
 
 if TYPE_CHECKING:
@@ -58,14 +60,15 @@ def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def stack(weights: Iterator[Any], n: int) -> Any:
+def stack(weights: Iterator[Any], n: int, *, on_host: bool = False) -> Any:
     """``[L, …]`` from an iterator of ``L`` arrays, or trees of them, without holding all of them beside their stack.
 
-    The stack is spread over devices as its layers are.
+    The stack is spread over devices as its layers are; that of matrices lies in their hosts' memory if ``on_host``.
     """
 
     def add(stacked: jax.Array | None, array: jax.Array, i: int) -> jax.Array:
-        empty, put = _programs(stacked_sharding(array.sharding))
+        sharding = stacked_sharding(array.sharding)
+        empty, put = _programs(host_sharding(sharding) if on_host and array.ndim > 1 else sharding)
         return put(empty(array, n) if stacked is None else stacked, array, np.int32(i))
 
     first = next(weights)
@@ -77,12 +80,24 @@ def stack(weights: Iterator[Any], n: int) -> Any:
 
 @cache
 def _programs(sharding: jax.sharding.Sharding):
+    on_host = is_on_host(sharding)
+
     @partial(jax.jit, static_argnums=1, out_shardings=sharding)
     def empty(like: jax.Array, n: int) -> jax.Array:
         return jnp.zeros((n, *like.shape), like.dtype)
 
+    def empty_on_host(like: jax.Array, n: int) -> jax.Array:
+        # A program would make it on the device first. numpy's zeros take no memory until they are written.
+        shape = (n, *like.shape)
+        if isinstance(sharding, SingleDeviceSharding):
+            return jax.device_put(np.zeros(shape, like.dtype), sharding)
+        part = sharding.shard_shape(shape)
+        return jax.make_array_from_callback(shape, sharding, lambda _: np.zeros(part, like.dtype))
+
     @partial(jax.jit, donate_argnums=0, out_shardings=sharding)
     def put(stacked: jax.Array, array: jax.Array, i: jax.Array) -> jax.Array:
+        if on_host:
+            array = jax.device_put(array, jax.memory.Space.Host)
         return jax.lax.dynamic_update_index_in_dim(stacked, array, i, axis=0)
 
-    return empty, put
+    return empty_on_host if on_host else empty, put

@@ -21,6 +21,7 @@ from optjax.checkpoints.flax_writer import write_flax
 from optjax.checkpoints.lazy import LazyTensor
 from optjax.checkpoints.quantized import config_entry
 from optjax.checkpoints.safetensors_writer import write_safetensors
+from optjax.offloading import check_not_offloaded
 from optjax.params import Params
 
 _ARCHITECTURES = {
@@ -63,12 +64,13 @@ def save_params(
 
     Raises:
       ValueError: unknown format or one that cannot hold quantized weights, a size that makes no sense, params without
-        values.
+        values, or offloaded.
     """
     if not isinstance(params, Params):
         raise ValueError(f"params should be what init_params or load_params return, not {type(params).__name__}")
     if format not in _FORMATS:
         raise ValueError(f"no format {format!r} to write; there are: {', '.join(_FORMATS)}")
+    check_not_offloaded(params, "save_params does not read them")
     leaves = jax.tree.leaves(params)
     if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray | LazyTensor) for x in leaves):
         raise ValueError("params hold something that is no array of values (abstract_params? inside jit?)")

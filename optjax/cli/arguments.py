@@ -61,6 +61,11 @@ def add_model(group: Any) -> None:
     add_quantize(add)
     text = "spread the model over devices: tensor=4, or fsdp=2,tensor=4; -1 stands for all that are left (one device)"
     add("--mesh", metavar="AXES", help=text)
+    text = (
+        "a model larger than the device's memory: its layers lie in the host's memory, or stay in the files, and come "
+        "one after another for every token; --batch-size 32 takes hardly longer than 1"
+    )
+    add("--offload", choices=("host", "disk"), help=text)
     text = "do not keep compiled programs in the user's cache folder; later runs start slower"
     add("--no-compile-cache", dest="compile_cache", action="store_false", help=text)
 
@@ -92,6 +97,21 @@ def quantization(arguments: argparse.Namespace) -> Quantization | None:
         return Quantization(kind) if size is None else Quantization(kind, size)
     except ValueError as error:
         raise UsageError(f"--group-size: {error}") from None
+
+
+def check_offload(arguments: argparse.Namespace) -> None:
+    """Sees that --offload goes with the rest.
+
+    Raises:
+      UsageError: it does not.
+    """
+    if arguments.offload == "disk":
+        if arguments.mesh is not None:
+            raise UsageError("--offload disk does not go with --mesh: it reads for one device")
+        if arguments.quantize is not None:
+            raise UsageError(
+                "--offload disk does not go with --quantize: it takes the files as they are: convert them first"
+            )
 
 
 def count(text: str) -> int:

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import jax
 import numpy as np
 
 import optjax
+from optjax.checkpoints.layer_files import LayerFiles
 from optjax.cli import models, terminal
 from optjax.cli.generate import TOKENS, describe_choosing
 from optjax.cli.stop import StopBefore
@@ -48,6 +50,21 @@ class Stats:
         return f"{self.tokens} tokens{among}: the first after {self.first or 0:.2f} s{speed}"
 
 
+class LayersRead:
+    """Says which layer is being read, until the first token is there: then the text itself shows how it goes on."""
+
+    def __init__(self, layers: int):
+        self.layers, self.done = layers, False
+
+    def __call__(self, i: int) -> None:
+        if self.done:
+            return
+        terminal.status(f"reading the prompt: layer {i + 1} of {self.layers}")
+        if i + 1 == self.layers:
+            self.done = True
+            terminal.status("")
+
+
 class Continuation:
     """A model that is ready to continue prompts as the arguments say."""
 
@@ -55,6 +72,8 @@ class Continuation:
         self.arguments = arguments
         model = models.load(arguments)
         self.params, self.tokenizer, self.config = model.params, model.tokenizer, model.params.config
+        if isinstance(self.params.offload, LayerFiles) and not arguments.quiet:
+            self.params.offload.on_layer = LayersRead(self.config.num_hidden_layers)
         self.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
         # Rows of the embedding that the tokenizer cannot decode must not come (transformers issue 18268).
         self.options: dict[str, Any] = options | {"suppress_tokens": self.tokenizer.unused_ids(self.config.vocab_size)}
@@ -119,6 +138,8 @@ class Continuation:
         return asked or min(TOKENS, limit - longest)
 
     def _write_as_it_comes(self, prompt: str, steps: Iterator[np.ndarray]) -> None:
+        if self.params.offload is not None:
+            steps = chain([next(steps)], steps)  # what is said while the prompt is read takes a line of its own
         if self.arguments.echo:
             terminal.write(prompt, style="1")
         decoder, cut = self.tokenizer.stream_decoder(), StopBefore(self.options.get("stop_strings", ()), prompt)

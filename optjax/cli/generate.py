@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from optjax.cli.arguments import add_model, count, quantization, seed
+from optjax.cli.arguments import add_model, check_offload, count, quantization, seed
 from optjax.cli.terminal import UsageError
 
 SUMMARY = "continue a prompt"
@@ -32,6 +32,7 @@ examples:
   optjax generate --model facebook/opt-30b --mesh tensor=8 "The sea"
   optjax generate --stop "\\n\\n" "Question: why is the sea salt?\\nAnswer:"
   optjax generate --model facebook/opt-6.7b --quantize int8 "The sea"
+  optjax generate --model ./opt-66b --offload disk -n 20 "The sea"
   echo "It was a dark night" | optjax generate
   optjax generate --file prompts.txt --jsonl > answers.jsonl
 
@@ -169,6 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = _options(arguments)
     quantization(arguments)
+    check_offload(arguments)
     prompts = read_prompts(arguments.prompt, arguments.file, quiet=arguments.quiet)
 
     # From here on it takes jax.

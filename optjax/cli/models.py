@@ -47,6 +47,7 @@ def load(arguments: argparse.Namespace) -> Model:
         revision=arguments.revision,
         progress=progress,
         quantization=quantization(arguments),
+        offload=arguments.offload,
     )
     source = getattr(arguments, "assistant_model", None)
     assistant = None
@@ -61,5 +62,7 @@ def _title(arguments: argparse.Namespace, params: optjax.Params, dtype: str) -> 
         size = size.replace(f", {dtype}", f", {params.quantization.kind} for {dtype}")
     if arguments.mesh is not None:
         size += f", {arguments.mesh}"
+    if arguments.offload is not None:
+        size += ", layers from the host's memory" if arguments.offload == "host" else ", layers from disk"
     other = "; it ships with optjax, --model takes others" if arguments.model == MODEL else ""
     return f"{arguments.model}: {size}{other}"

@@ -30,6 +30,7 @@ examples:
   optjax plan opt-1.3b --topology v5e:4x4
   optjax plan opt-175b --topology v5p:4x4x8 --job train --mesh fsdp=32,tensor=4 --batch 1024
   optjax plan opt-175b --topology h100:8 --job generate --batch 16
+  optjax plan opt-30b --topology v5e:1x1 --job generate --offload host --batch 4
   optjax plan opt-30b --topology v6e:8x8 --search --plot plan.png
   optjax plan opt-66b --topology 2xv5e:16x16 --json | jq .fits
 
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate("--prompt", type=count, metavar="N", help="tokens read at once (default: 512)")
     generate("--cache-length", type=count, metavar="N", help="columns of the cache (default: 2048)")
     generate("--cache-dtype", choices=("bfloat16", "float32", "int8"), help="of the cache (default: that of --dtype)")
+    text = "layers come from the host's memory or from disk for every token: for models larger than the device's memory"
+    generate("--offload", choices=("host", "disk"), help=text)
+    generate("--disk-bandwidth", type=float, metavar="GB/S", help="of that disk, as it reads large files")
 
     text = "try meshes, rules, remat policies and micro-batches, and rank what fits; options that are given stay"
     add("--search", action="store_true", help=text)
@@ -84,11 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _OPTIONS = ("batch", "dtype", "length", "micro_batches", "remat", "moments_dtype", "moments_memory", "query_block")
-_OPTIONS += ("loss_chunks", "dropout", "prompt", "cache_length", "cache_dtype")
+_OPTIONS += ("loss_chunks", "dropout", "prompt", "cache_length", "cache_dtype", "offload", "disk_bandwidth")
 
 
 def run(arguments: argparse.Namespace) -> int:
     options = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
+    if "disk_bandwidth" in options:
+        options["disk_bandwidth"] *= 1e9
     size = _size(arguments.size)
     if arguments.plot is not None:
         _check_plot(arguments.plot)

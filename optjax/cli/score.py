@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from optjax.cli.arguments import add_model, count, quantization
+from optjax.cli.arguments import add_model, check_offload, count, quantization
 from optjax.cli.terminal import UsageError
 
 SUMMARY = "how probable texts are, token by token"
@@ -65,6 +65,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     quantization(arguments)
+    check_offload(arguments)
     if not arguments.perplexity:
         idle = [f"--{name.replace('_', '-')}" for name in ("max_length", "stride") if vars(arguments)[name] is not None]
         if idle:

@@ -93,6 +93,7 @@ def quantize(params: Params, quantization: str | Quantization = "int8") -> Param
         raise ValueError(f"give a quantization: {', '.join(map(repr, KINDS))}")
     if is_quantized(params):
         raise ValueError("these params are quantized already; dequantize them first, or load them anew")
+    _check_not_offloaded(params)
 
     def leaf(weight: Weight, layer: int | None) -> Any:
         array = _get(params, weight, layer)
@@ -109,6 +110,7 @@ def dequantize(params: Params, dtype: Any = None) -> Params:
     """
     if not is_quantized(params):
         raise ValueError("these params are not quantized")
+    _check_not_offloaded(params)
 
     def leaf(weight: Weight, layer: int | None) -> Any:
         array = _get(params, weight, layer)
@@ -122,6 +124,12 @@ def dequantize(params: Params, dtype: Any = None) -> Params:
     return build_params(params.config, params.head, leaf, stacked=params.stacked, placement=params.placement)
 
 
+def _check_not_offloaded(params: Params) -> None:
+    from optjax.offloading import check_not_offloaded
+
+    check_not_offloaded(params, "weights are not quantized or dequantized")
+
+
 def is_quantized(params: Params) -> bool:
     """Whether any weight is."""
     return quantization_of(params) is not None
@@ -129,6 +137,8 @@ def is_quantized(params: Params) -> bool:
 
 def quantization_of(params: Params) -> Quantization | None:
     """How params are quantized; None where they are not."""
+    if params.offload is not None:
+        return params.offload.quantization
     layers = params.weights["layers"]
     weight = (layers if params.stacked else layers[0])["fc1"]["weight"]
     if not isinstance(weight, QuantizedWeight):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from optjax.config import OPTConfig
@@ -64,6 +64,7 @@ class Work:
       hbm_bytes: that one device reads and writes at least.
       memory: bytes that one device holds at least at once, by what they are.
       tokens: that the program reads or makes.
+      host_bytes, disk_bytes: of weights that come from the host's memory to one device, and from disk before.
     """
 
     model_flops: float
@@ -71,6 +72,8 @@ class Work:
     hbm_bytes: float
     memory: dict[str, int]
     tokens: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
     @property
     def least_memory(self) -> int:
@@ -171,6 +174,23 @@ def decoding(
     flops += 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
     memory = _serving(config, splits, batch, cache_length, width, cache_width)
     return Work(model, flops, used_bytes(config, splits, width) + memory["cache"], memory, batch)
+
+
+def offloaded(work: Work, config: OPTConfig, splits: Splits, *, width: int, from_disk: bool = False) -> Work:
+    """The same work, but the layers' matrices come to the device for it, two layers at a time."""
+    matrices = [w for w in declare(config) if w.per_layer and len(w.shape) > 1]
+    layer = sum(_share(w, splits, ()) for w in matrices) * width
+    total = layer * config.num_hidden_layers
+    at_once = (1 if from_disk else 2) * layer
+    memory = work.memory | {"weights": work.memory["weights"] - total, "layers on their way": at_once}
+    # They are written to the device's memory before they are read there.
+    return replace(
+        work,
+        hbm_bytes=work.hbm_bytes + total,
+        memory=memory,
+        host_bytes=total,
+        disk_bytes=total if from_disk else 0,
+    )
 
 
 def causal_pairs(length: int) -> int:

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from optjax.cache import Cache, cache_axes, default_layout, init_cache, map_columns, scale_axes
+from optjax.checkpoints.layer_files import abstract_layer_files
 from optjax.config import OPTConfig
 from optjax.generation.decode import _decode_step, _prefill
 from optjax.kernels.choice import attention_kind
+from optjax.offloading import offload as offloaded
 from optjax.params import abstract_params
 from optjax.sharding.placement import Placement
 
@@ -27,9 +29,18 @@ def generation_programs(
     cache_length: int,
     dtype: str = "bfloat16",
     cache_dtype: str | None = None,
+    offload: str | None = None,
+    disk_bandwidth: float | None = None,
 ) -> list[Program]:
-    """Prefill of ``prompt`` tokens and a decode step, of ``batch`` rows with caches of ``cache_length`` columns."""
+    """Prefill of ``prompt`` tokens and a decode step, of ``batch`` rows with caches of ``cache_length`` columns.
+
+    ``offload`` is as of `optjax.load_params`; how fast a disk is changes no program.
+    """
     params = abstract_params(config, jnp.dtype(dtype), mesh=placement.mesh, rules=dict(placement.rules))
+    if offload == "host":
+        params = offloaded(params)
+    elif offload == "disk":
+        params = abstract_layer_files(params)
     cache = abstract_cache(config, placement, batch, cache_length, cache_dtype or dtype)
     groups = {"weights": params, "cache": (cache.keys, cache.values)}
 

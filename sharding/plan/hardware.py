@@ -9,6 +9,8 @@ Sources:
     HBM capacity is what the TPU compiler (libtpu 0.0.42) lets a program use: less than what is sold.
   GPU: NVIDIA's data sheets of H100 SXM5 and A100 SXM4 80 GB (dense bfloat16), NVLink 4 and 3; the network of DGX H100
     (400 Gbit/s a GPU) and DGX A100 (200). Capacity is what the driver reports less `GPU_RESERVED`.
+  Host link: GPU: PCIe 5 and 4 with 16 lanes, one direction, by the same data sheets. TPU: not in Google's pages; Austin
+    et al. 2025 (How to Scale Your Model, part 2) have about 15 GB/s a chip and 32 for v6e. TPU7x is taken as v6e.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Chip:
       capacity: bytes of HBM that a program on one device can use.
       link_bandwidth: bytes/s in one direction; TPU: of one link to a neighbour, GPU: of all NVLinks of a device.
       network_bandwidth: bytes/s in one direction per device, out of the slice (TPU) or the host (GPU).
+      host_bandwidth: bytes/s from the host's memory to a device.
       dimensions: of a TPU's torus; 0 where all devices of a host reach each other directly.
       devices_per_chip, devices_per_host: counts.
       largest: chips in the largest slice.
@@ -49,30 +52,37 @@ class Chip:
     capacity: int
     link_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float
     dimensions: int = 0
     devices_per_chip: int = 1
     devices_per_host: int = 8
     largest: int = 0
 
 
-def _tpu(name: str, title: str, tflops: float, gbps: float, gib: float, link: float, network: float, **more) -> Chip:
-    return Chip(name, title, "tpu", tflops * 1e12, gbps * 1e9, int(gib * GiB), link * 1e9, network * 1e9, **more)
+def _tpu(
+    name: str, title: str, tflops: float, gbps: float, gib: float, link: float, network: float, host: float, **more
+):
+    rates = link * 1e9, network * 1e9, host * 1e9
+    return Chip(name, title, "tpu", tflops * 1e12, gbps * 1e9, int(gib * GiB), *rates, **more)
 
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        _tpu("v4", "TPU v4", 275, 1228, 30.75, 50, 6.25, dimensions=3, devices_per_host=4, largest=4096),
-        _tpu("v5e", "TPU v5e", 197, 819, 15.75, 50, 3.125, dimensions=2, devices_per_host=4, largest=256),
-        _tpu("v5p", "TPU v5p", 459, 2765, 95.74, 100, 6.25, dimensions=3, devices_per_host=4, largest=6144),
-        _tpu("v6e", "TPU v6e (Trillium)", 918, 1638, 31.25, 100, 12.5, dimensions=2, devices_per_host=4, largest=256),
+        _tpu("v4", "TPU v4", 275, 1228, 30.75, 50, 6.25, 15, dimensions=3, devices_per_host=4, largest=4096),
+        _tpu("v5e", "TPU v5e", 197, 819, 15.75, 50, 3.125, 15, dimensions=2, devices_per_host=4, largest=256),
+        _tpu("v5p", "TPU v5p", 459, 2765, 95.74, 100, 6.25, 15, dimensions=3, devices_per_host=4, largest=6144),
+        _tpu(
+            "v6e", "TPU v6e (Trillium)", 918, 1638, 31.25, 100, 12.5, 32,
+            dimensions=2, devices_per_host=4, largest=256,
+        ),
         # Per device, half of what the chip has.
         _tpu(
-            "tpu7x", "TPU7x (Ironwood)", 2307 / 2, 7380 / 2, 94.75, 100, 6.25,
+            "tpu7x", "TPU7x (Ironwood)", 2307 / 2, 7380 / 2, 94.75, 100, 6.25, 32 / 2,
             dimensions=3, devices_per_chip=2, devices_per_host=8, largest=9216,
         ),
-        Chip("h100", "H100 SXM 80 GB", "gpu", 989.4e12, 3352e9, 84_942_979_072 - GPU_RESERVED, 450e9, 50e9),
-        Chip("a100", "A100 SXM 80 GB", "gpu", 312e12, 2039e9, 85_100_068_864 - GPU_RESERVED, 300e9, 25e9),
+        Chip("h100", "H100 SXM 80 GB", "gpu", 989.4e12, 3352e9, 84_942_979_072 - GPU_RESERVED, 450e9, 50e9, 64e9),
+        Chip("a100", "A100 SXM 80 GB", "gpu", 312e12, 2039e9, 85_100_068_864 - GPU_RESERVED, 300e9, 25e9, 32e9),
     )
 }  # fmt: skip
 

@@ -119,6 +119,8 @@ class Plan:
                     "model_flops_of_all_devices": step.work.model_flops,
                     "flops": step.work.flops,
                     "hbm_bytes": step.work.hbm_bytes,
+                    "host_bytes": step.work.host_bytes,
+                    "disk_bytes": step.work.disk_bytes,
                     "seconds_at_least": asdict(step.roofline) | {"floor": step.roofline.floor},
                     "bound": step.roofline.bound,
                     "tokens": step.work.tokens,
@@ -178,7 +180,8 @@ def plan(
       **options: to train: ``batch`` rows (by default as in the paper) of ``length`` tokens, in ``micro_batches``
         (``"auto"``: as many as cost no time), and the other levers of a step, ``remat``, ``dtype`` (computed with),
         ``moments_dtype``, ``moments_memory``, ``query_block``, ``loss_chunks``, ``dropout``. To generate: ``batch``
-        rows, ``prompt`` tokens read at once, ``cache_length``, ``dtype``, ``cache_dtype``.
+        rows, ``prompt`` tokens read at once, ``cache_length``, ``dtype``, ``cache_dtype``, and ``offload``: layers that
+        come from the ``"host"``'s memory, or from ``"disk"`` at ``disk_bandwidth`` bytes/s (see `optjax.load_params`).
 
     Raises:
       ValueError: something is unknown, or does not fit together.
@@ -205,11 +208,11 @@ def run(request: Request, save: str | None = None) -> Plan:
 
 def assemble(request: Request, compiled: list[Compiled], gathered: int = 0) -> Plan:
     """A plan from what the compiler said."""
-    works = request.works()
-    steps = {
-        each.name: Step(works[each.name], each, roofline(request.topology, works[each.name], each.interconnect))
-        for each in compiled
-    }
+    works, disk = request.works(), request.options.get("disk_bandwidth")
+    steps = {}
+    for each in compiled:
+        rates = roofline(request.topology, works[each.name], each.interconnect, disk)
+        steps[each.name] = Step(works[each.name], each, rates)
     return Plan(request, steps, gathered)
 
 

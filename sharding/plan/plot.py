@@ -19,7 +19,7 @@ _COLORS = {
     "other": "#bbbbbb",
     "temporaries": "#ee6677",
 }
-_RATES = ("compute", "memory", "interconnect")
+_RATES = ("compute", "memory", "interconnect", "host", "disk")
 
 
 def plot(plan: Plan, path: str | Path | None = None) -> Any:
@@ -67,11 +67,12 @@ def _draw_memory(plan: Plan, axes: Any) -> None:
 
 
 def _draw_time(name: str, step: Step, axes: Any) -> None:
-    values = [getattr(step.roofline, rate) for rate in _RATES]
-    colors = ["#4477aa" if rate == step.roofline.bound else "#bbccdd" for rate in _RATES]
-    bars = axes.barh(range(len(_RATES)), [1e3 * value for value in values], 0.7, color=colors)
+    rates = [rate for rate in _RATES if rate not in ("host", "disk") or getattr(step.roofline, rate)]
+    values = [getattr(step.roofline, rate) for rate in rates]
+    colors = ["#4477aa" if rate == step.roofline.bound else "#bbccdd" for rate in rates]
+    bars = axes.barh(range(len(rates)), [1e3 * value for value in values], 0.7, color=colors)
     axes.bar_label(bars, [units.seconds(value) for value in values], padding=3)
-    axes.set_yticks(range(len(_RATES)), _RATES)
+    axes.set_yticks(range(len(rates)), rates)
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel(f"ms of a {name}, at least")

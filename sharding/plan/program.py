@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from optjax.offloading import is_on_host
+
 
 @dataclass(frozen=True)
 class Program:
@@ -53,10 +55,10 @@ def find_job(job: str) -> Callable[..., list[Program]]:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of a pytree of abstract arrays, as their shardings lay them out."""
+    """Of a pytree of abstract arrays, as their shardings lay them out; what lies in the host's memory is not there."""
 
     def one(leaf: Any) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         return int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
 
-    return sum(map(one, jax.tree.leaves(tree)))
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree) if not is_on_host(leaf.sharding))

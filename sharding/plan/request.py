@@ -58,10 +58,14 @@ class Request:
         if self.job == "generate":
             of_cache = analytic.cache_width(self.config, o["cache_dtype"] or o["dtype"])
             shape = {"batch": o["batch"], "cache_length": o["cache_length"], "width": width, "cache_width": of_cache}
-            return {
+            works = {
                 "prefill": analytic.prefill(self.config, splits, length=o["prompt"], **shape),
                 "decode step": analytic.decoding(self.config, splits, **shape),
             }
+            if o["offload"] is None:
+                return works
+            how = {"width": width, "from_disk": o["offload"] == "disk"}
+            return {name: analytic.offloaded(work, self.config, splits, **how) for name, work in works.items()}
         block = o["query_block"]
         step = analytic.Training(
             batch=o["batch"],
@@ -84,6 +88,7 @@ class Request:
         defaults = _defaults(self.config, self.job)
         for name, value in self.options.items():
             if name in ("batch", "micro_batches") or value != defaults[name]:
+                value = f"{value / 1e9:g}" if name == "disk_bandwidth" else value
                 words += [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(words)
 
@@ -137,6 +142,8 @@ def make_request(
     request.options.update(chosen)
     if chosen.get("micro_batches") == "auto":
         request.options["micro_batches"] = _micro_batches(request)
+    if chosen.get("offload") == "disk" and topology.devices > 1:
+        raise ValueError(f"offload='disk' is for one device, and {topology.name} has {topology.devices}; use 'host'")
     if job == "train":
         _check_batch(request.splits, request.options)
     return request
@@ -146,7 +153,8 @@ def _defaults(config: OPTConfig, job: str) -> dict[str, Any]:
     positions = config.max_position_embeddings
     if job == "generate":
         lengths = {"prompt": min(512, positions), "cache_length": min(2048, positions)}
-        return {"batch": 1, **lengths, "dtype": "bfloat16", "cache_dtype": None}
+        dtypes = {"dtype": "bfloat16", "cache_dtype": None}
+        return {"batch": 1, **lengths, **dtypes, "offload": None, "disk_bandwidth": None}
     length = min(2048, positions)
     return {
         "batch": max(1, _PAPER_TOKENS.get(config.hidden_size, 2**21) // length),
@@ -167,6 +175,7 @@ _CHOICES = {
     "cache_dtype": ("bfloat16", "float32", "float16", "int8"),
     "moments_dtype": ("float32", "bfloat16"),
     "moments_memory": ("device", "host"),
+    "offload": (None, "host", "disk"),
 }
 
 
@@ -182,7 +191,10 @@ def _checked(config: OPTConfig, job: str, options: Mapping[str, Any]) -> dict[st
         allowed = tuple(analytic.REMAT) if name == "remat" else _CHOICES.get(name)
         if allowed is not None:
             if value not in allowed and (name, value) != ("cache_dtype", None):
-                raise ValueError(f"{name} should be one of {', '.join(allowed)}, not {value!r}")
+                raise ValueError(f"{name} should be one of {', '.join(map(str, allowed))}, not {value!r}")
+        elif name == "disk_bandwidth":
+            if value is not None and (not isinstance(value, int | float) or not value > 0):
+                raise ValueError(f"disk_bandwidth should be bytes/s above 0, not {value!r}")
         elif name == "dropout":
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"dropout should be at least 0 and less than 1, not {value!r}")
@@ -194,6 +206,8 @@ def _checked(config: OPTConfig, job: str, options: Mapping[str, Any]) -> dict[st
             raise ValueError(f"{name} {chosen[name]} is more than the model's {positions} positions")
     if job == "generate" and chosen["prompt"] > chosen["cache_length"]:
         raise ValueError(f"a prompt of {chosen['prompt']} tokens does not go into a cache of {chosen['cache_length']}")
+    if job == "generate" and (chosen["offload"] == "disk") != (chosen["disk_bandwidth"] is not None):
+        raise ValueError("offload='disk' and disk_bandwidth, in bytes/s, go together: a disk's speed is not known here")
     return chosen
 
 

@@ -37,7 +37,9 @@ def render(plan: Plan, console: Any) -> None:
     console.print(
         f"{request.size}, {request.job}, on {topology.name}: {devices} of {topology.chip.title}", style="bold"
     )
-    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in request.options.items())
+    optional = ("offload", "disk_bandwidth")
+    given = {name: value for name, value in request.options.items() if value is not None or name not in optional}
+    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
     console.print(f"mesh {format_mesh(request.mesh)}; rules {rules}; {options}")
     console.print(verdict(plan), style="bold green" if plan.fits else "bold red")
     console.print()
@@ -77,6 +79,8 @@ def _memory(plan: Plan) -> Any:
     table.add_row("at least", *(units.size(step.work.least_memory) for step in plan.steps.values()))
     table.add_row("peak ÷ at least", *(f"{step.over:.2f}" for step in plan.steps.values()))
     table.add_row("capacity", *(units.size(plan.capacity) for _ in memories))
+    if plan.request.options.get("offload") is not None:
+        table.add_row("weights elsewhere", *(units.size(step.work.host_bytes) for step in plan.steps.values()))
     return table
 
 
@@ -95,6 +99,9 @@ def _time(plan: Plan) -> Any:
     row("compute", (units.seconds(step.roofline.compute) for step in steps))
     row("memory", (units.seconds(step.roofline.memory) for step in steps))
     row("interconnect", (_or_unknown(step, units.seconds(step.roofline.interconnect)) for step in steps))
+    for name, title in (("host", "host link"), ("disk", "disk")):
+        if any(getattr(step.roofline, name) for step in steps):
+            row(title, [units.seconds(getattr(step.roofline, name)) for step in steps])
     row("floor", (units.seconds(step.roofline.floor) for step in steps), "bold")
     row("bound by", (step.roofline.bound for step in steps))
     row("utilization (MFU) at most", (f"{step.roofline.mfu:.1%}" for step in steps))
