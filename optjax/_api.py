@@ -12,7 +12,7 @@ from optjax.offloading import offload
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
 from optjax.quantization.quantize import Quantization, dequantize, quantize
 from optjax.quantization.weight import QuantizedWeight
-from optjax.score import Score, score
+from optjax.scoring import Score, score
 from optjax.tokenizer import Tokenizer
 
 __all__ = [

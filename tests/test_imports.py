@@ -164,3 +164,12 @@ def test_the_reader_of_imports_sees_all_kinds(tmp_path: Path):
         ("a.b", None, False), ("optjax.x.y", "c", False), ("optjax.x.d", "e", False), ("f", None, True),
         ("h", "i", True), ("k", None, False),
     }  # fmt: skip
+
+
+def test_no_public_name_is_a_module_too():
+    """`optjax.score` would be the function or the module, by what was imported first."""
+    import optjax
+    from optjax._api import __all__
+
+    taken = {path.stem for path in Path(optjax.__file__).parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not taken & set(__all__)

@@ -102,7 +102,7 @@ def test_second_call_compiles_nothing(pair, texts):
 
 def test_logits_of_a_whole_text_are_never_there(pair):
     """Of 512 columns only 16 have logits at a time; and of a continuation, only its own columns."""
-    from optjax.score import _score
+    from optjax.scoring import _score
 
     params = optjax.abstract_params(CONFIG.replace(max_position_embeddings=512))
     arguments = np.zeros((2, 512), np.int32), np.ones((2, 512), bool)

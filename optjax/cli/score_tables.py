@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from optjax.cli.score_input import Item
     from optjax.cli.tokens import TokenNames
-    from optjax.score import Score
+    from optjax.scoring import Score
 
 # Terminal colours from improbable to probable, and the probability from which each holds.
 _STYLES = ((0.5, "green"), (0.1, ""), (0.01, "yellow"), (0.0, "red"))
