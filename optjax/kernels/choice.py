@@ -49,7 +49,7 @@ def attention_kind(
 ) -> str:
     """What attention of a pass will be: ``"flash"`` or ``"eager"``; nothing is compiled or run.
 
-    ``"auto"``, the default everywhere, is ``"flash"`` on TPU and GPU for 256 queries of a row and more, where the
+    ``"auto"``, the default but for training, is ``"flash"`` on TPU and GPU for 256 queries of a row and more, where the
     kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32). It is never so
     on CPU.
 
