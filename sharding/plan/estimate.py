@@ -77,7 +77,7 @@ def _group(request: Request, axes: set[str]) -> Links:
 
 def _in_order(topology: Topology) -> list[Position]:
     chip = topology.chip
-    if chip.platform == "gpu":
+    if not chip.dimensions:
         return [Position(i // chip.devices_per_host, (i % chip.devices_per_host,)) for i in range(topology.devices)]
     places = np.ndindex(topology.slices, *topology.shape, chip.devices_per_chip)
     return [Position(place[0], tuple(place[1:])) for place in places]

@@ -42,6 +42,7 @@ class Chip:
       dimensions: of a TPU's torus; 0 where all devices of a host reach each other directly.
       devices_per_chip, devices_per_host: counts.
       largest: chips in the largest slice.
+      kind: as jax calls it, ``jax.Device.device_kind``.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Chip:
     devices_per_chip: int = 1
     devices_per_host: int = 8
     largest: int = 0
+    kind: str = ""
 
 
 def _tpu(
@@ -69,20 +71,25 @@ def _tpu(
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        _tpu("v4", "TPU v4", 275, 1228, 30.75, 50, 6.25, 15, dimensions=3, devices_per_host=4, largest=4096),
-        _tpu("v5e", "TPU v5e", 197, 819, 15.75, 50, 3.125, 15, dimensions=2, devices_per_host=4, largest=256),
-        _tpu("v5p", "TPU v5p", 459, 2765, 95.74, 100, 6.25, 15, dimensions=3, devices_per_host=4, largest=6144),
+        _tpu("v4", "TPU v4", 275, 1228, 30.75, 50, 6.25, 15, dimensions=3, devices_per_host=4, largest=4096,
+             kind="TPU v4"),
+        _tpu("v5e", "TPU v5e", 197, 819, 15.75, 50, 3.125, 15, dimensions=2, devices_per_host=4, largest=256,
+             kind="TPU v5 lite"),
+        _tpu("v5p", "TPU v5p", 459, 2765, 95.74, 100, 6.25, 15, dimensions=3, devices_per_host=4, largest=6144,
+             kind="TPU v5"),
         _tpu(
             "v6e", "TPU v6e (Trillium)", 918, 1638, 31.25, 100, 12.5, 32,
-            dimensions=2, devices_per_host=4, largest=256,
+            dimensions=2, devices_per_host=4, largest=256, kind="TPU v6 lite",
         ),
         # Per device, half of what the chip has.
         _tpu(
             "tpu7x", "TPU7x (Ironwood)", 2307 / 2, 7380 / 2, 94.75, 100, 6.25, 32 / 2,
-            dimensions=3, devices_per_chip=2, devices_per_host=8, largest=9216,
+            dimensions=3, devices_per_chip=2, devices_per_host=8, largest=9216, kind="TPU7x",
         ),
-        Chip("h100", "H100 SXM 80 GB", "gpu", 989.4e12, 3352e9, 84_942_979_072 - GPU_RESERVED, 450e9, 50e9, 64e9),
-        Chip("a100", "A100 SXM 80 GB", "gpu", 312e12, 2039e9, 85_100_068_864 - GPU_RESERVED, 300e9, 25e9, 32e9),
+        Chip("h100", "H100 SXM 80 GB", "gpu", 989.4e12, 3352e9, 84_942_979_072 - GPU_RESERVED, 450e9, 50e9, 64e9,
+             kind="NVIDIA H100 80GB HBM3"),
+        Chip("a100", "A100 SXM 80 GB", "gpu", 312e12, 2039e9, 85_100_068_864 - GPU_RESERVED, 300e9, 25e9, 32e9,
+             kind="NVIDIA A100-SXM4-80GB"),
     )
 }  # fmt: skip
 

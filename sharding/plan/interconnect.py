@@ -26,7 +26,7 @@ class Position:
 
 def positions(topology: Topology, devices: Sequence[Any]) -> list[Position]:
     """Of jax devices, real or ahead of time, in their order. GPUs stand by their ids, host after host."""
-    if topology.chip.platform == "gpu":
+    if not topology.chip.dimensions:
         per_host = topology.chip.devices_per_host
         return [Position(device.id // per_host, (device.id % per_host,)) for device in devices]
     sides = len(topology.shape)
@@ -61,7 +61,7 @@ def links(topology: Topology, members: Sequence[Position]) -> Links:
     network = chip.network_bandwidth * per_island
     if per_island < 2:
         return Links(len(members), islands, 0.0, network)
-    if chip.platform == "gpu":
+    if not chip.dimensions:
         return Links(len(members), islands, chip.link_bandwidth, network)
     # Devices of one chip share its links.
     one_way = chip.link_bandwidth / chip.devices_per_chip

@@ -130,7 +130,7 @@ def make_request(
         raise ValueError(f"no job {job!r}; there are: {', '.join(JOBS)}")
     if mesh is None or mesh == "auto":
         chip = topology.chip
-        fast = chip.devices_per_host if chip.platform == "gpu" else topology.devices // topology.slices
+        fast = chip.devices_per_host if not chip.dimensions else topology.devices // topology.slices
         sizes = choose_mesh(config, topology.devices, job, memory=chip.capacity, fast=fast)
     else:
         sizes = parse_mesh(mesh, topology.devices)
