@@ -145,6 +145,18 @@ def test_the_command_of_a_plan_asks_for_the_same(optjax_plan, compiler):
     assert compiler.asked[0] == compiler.asked[1]
 
 
+def test_settings_of_a_run(optjax_plan, compiler, tmp_path):
+    """Its size and levers are planned, flags beat them, and what does not change a plan is left aside."""
+    settings = {"config": "opt-1.3b", "batch_size": 64, "length": 1024, "remat": "dots", "mesh": "fsdp=8,tensor=2"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"lr": 1e-3, "data": ["x"], "stacked": False}))
+    found = json.loads(optjax_plan(f"--settings {tmp_path} --topology v5e:4x4 --remat full --json").out)
+    same = "opt-1.3b --topology v5e:4x4 --batch 64 --length 1024 --mesh fsdp=8,tensor=2 --json"
+    assert found == json.loads(optjax_plan(same).out)
+    (tmp_path / "one.toml").write_text('preset = "opt-125m"\n')
+    found = json.loads(optjax_plan(f"--settings {tmp_path}/one.toml --topology v5e:4x4 --json").out)
+    assert found == json.loads(optjax_plan("opt-125m --topology v5e:4x4 --json").out)
+
+
 def test_a_plot_is_drawn(optjax_plan, compiler, tmp_path):
     for job in ("train", "generate"):
         file = tmp_path / f"{job}.png"
@@ -197,6 +209,9 @@ def test_search_keeps_what_is_given_and_leaves_out_what_cannot_fit(optjax_plan, 
         ("opt-1.3b --topology v5e:2x2 --plot /no/such/folder/x.png", 1, ["/no/such/folder"]),
         ("opt-1.3b --topology v5e:2x2 --plot plan.txt", 2, ["plan.txt", ".png"]),
         ("opt-1.3b", 2, ["--topology"]),
+        ("--topology v5e:2x2", 2, ["which size"]),
+        ("--topology v5e:2x2 --settings /no/such/file.toml", 1, ["no settings file /no/such/file.toml"]),
+        ("--topology v5e:2x2 --settings x.toml --job generate", 2, ["training run"]),
         ("opt-1.3b --topology v5e:2x2 --job dream", 2, ["dream", "generate"]),
         ("opt-1.3b --topology v5e:2x2 --batch 0", 2, ["--batch", "at least 1"]),
         ("opt-1.3b --topology v5e:2x2 --mircobatches 2", 2, ["--mircobatches"]),

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-FILE = "settings.json"
+from optjax.settings_file import FILE, read_settings
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +35,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if named is None or {"-h", "--help"} & set(argv):
         return parser.parse_args(argv)
     try:
-        flags = _flags(read(named))
+        flags = _flags(read_settings(named))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     # Asked of the parser itself: parsing would first complain of what is missing.
@@ -46,27 +45,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         names = ", ".join(name[2:].replace("-", "_") for name in strange)
         parser.error(f"{named}: no such setting: {names}; --help lists them")
     return parser.parse_args([*flags, *argv])
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """The settings of a file; of a run's folder, those of its `settings.json`.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is neither TOML nor JSON, or not of one level.
-    """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no settings file {path}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"{path}: expected settings of one level, name and value")
-    return found
 
 
 def write(args: argparse.Namespace, folder: str | Path) -> None:

@@ -33,6 +33,7 @@ examples:
   optjax plan opt-30b --topology v5e:1x1 --job generate --offload host --batch 4
   optjax plan opt-30b --topology v6e:8x8 --search --plot plan.png
   optjax plan opt-66b --topology 2xv5e:16x16 --json | jq .fits
+  optjax plan --settings runs/first --topology v5p:4x4x4
 
 slices: v4:2x2x1 v5e:4x4 v5p:4x4x8 v6e:8x8 tpu7x:2x2x1 …; h100:8 h100:64 a100:8;
 several of them: 2xv5e:16x16. A wrong shape gets the list of those that exist.
@@ -45,10 +46,13 @@ _LISTED = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("size", metavar="SIZE", help="opt-125m … opt-175b, galactica-125m … galactica-120b, or a config.json")
+    text = "opt-125m … opt-175b, galactica-125m … galactica-120b, or a config.json"
+    add("size", metavar="SIZE", nargs="?", help=text)
+    text = "of a training run, or its folder: its size, batch, mesh and levers, where no flag says otherwise"
+    add("--settings", type=Path, metavar="FILE", help=text)
     add("--topology", required=True, metavar="SLICE", help="v5p:4x4x8, v5e:16x16, h100:8, 2xv5e:16x16 for two slices")
     add("--job", choices=("train", "generate"), default="train", help="(default: train)")
-    add("--mesh", default="auto", metavar="SPEC", help="fsdp=32,tensor=4; one size may be -1 (default: auto)")
+    add("--mesh", metavar="SPEC", help="fsdp=32,tensor=4; one size may be -1 (default: auto)")
     add("--rules", metavar="NAME", help="data, fsdp, tensor, fsdp+tensor, fsdp+tensor+sequence (default: the last)")
     text = "rows over all devices (default: to train as in the paper, to generate 1)"
     add("--batch", type=count, metavar="N", help=text)
@@ -91,7 +95,15 @@ _OPTIONS = ("batch", "dtype", "length", "micro_batches", "remat", "moments_dtype
 _OPTIONS += ("loss_chunks", "dropout", "prompt", "cache_length", "cache_dtype", "offload", "disk_bandwidth")
 
 
+# Settings of a run (optjax.train.settings) that have another name here.
+_OF_A_RUN = {"batch_size": "batch", "config": "size", "preset": "size"}
+
+
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.settings is not None:
+        _fill_in(arguments)
+    if arguments.size is None:
+        raise UsageError("which size? opt-125m … opt-175b, a config.json, or --settings of a run")
     options = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
     if "disk_bandwidth" in options:
         options["disk_bandwidth"] *= 1e9
@@ -102,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.search:
             raise UsageError("--save-hlo is for one plan; name its mesh, without --search")
         Path(arguments.save_hlo).mkdir(parents=True, exist_ok=True)
-    asked = {"mesh": arguments.mesh, "rules": arguments.rules, **options}
+    asked = {"mesh": arguments.mesh or "auto", "rules": arguments.rules, **options}
     if arguments.search:
         return _search(arguments, size, asked)
 
@@ -140,6 +152,18 @@ def _search(arguments: argparse.Namespace, size: Any, asked: dict[str, Any]) -> 
     if arguments.plot is not None and found.ranked:
         found.ranked[0].plot(arguments.plot)
     return 0 if found.ranked else DOES_NOT_FIT
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """What a run's settings say and no flag does."""
+    from optjax.settings_file import read_settings
+
+    if arguments.job != "train":
+        raise UsageError("--settings are those of a training run; leave out --job generate")
+    for name, value in read_settings(arguments.settings).items():
+        name = _OF_A_RUN.get(name, name)
+        if name in ("size", "mesh", "rules", *_OPTIONS) and getattr(arguments, name) is None:
+            setattr(arguments, name, value)
 
 
 def _size(text: str) -> Any:
