@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=optjax
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@300
+#SBATCH --output=%x-%j.log
+# Pretrains under Slurm, one process on each node: sbatch --nodes N --gpus-per-node M slurm.sh ARGUMENTS of pretrain
+# Told to stop (the time is nearly over, or the job is preempted), the run saves, and the job queues itself again.
+set -uo pipefail
+(($#)) || { echo "sbatch --nodes N --gpus-per-node M $0 ARGUMENTS of optjax.train.pretrain" >&2; exit 2; }
+
+srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m optjax.train.pretrain "$@" &
+step=$!
+trap 'scancel --signal TERM --full "$SLURM_JOB_ID.0" 2>/dev/null || kill -TERM "$step"' TERM
+# wait ends when a signal comes, the step does not.
+while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done
+wait "$step"
+status=$?
+if ((status == 75)); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
