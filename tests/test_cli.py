@@ -107,6 +107,10 @@ def test_text_is_what_generate_gives(run, model, words, options):
         ),
         ("--greedy --assistant-model {model} --num-assistant-tokens 3", {"num_assistant_tokens": 3}),
         (
+            "--greedy --cache-dtype int8 --prefill-chunk-size 128",
+            {"cache_dtype": "int8", "prefill_chunk_size": 128},
+        ),
+        (
             "--greedy --prompt-lookup-num-tokens 4 --max-matching-ngram-size 1",
             {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
         ),

@@ -55,6 +55,8 @@ _OTHERS = (
     "min_new_tokens",
     "num_return_sequences",
     "guidance_scale",
+    "cache_dtype",
+    "prefill_chunk_size",
     *_GUESSING,
 )
 # Of contrastive search, as its authors have it.
@@ -73,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "What is guessed is checked in one pass of the model: the same texts, in fewer passes."
     _add_guessing(parser.add_argument_group("guessing ahead", text))
     _add_guidance(parser.add_argument_group("guidance", "Away from what would follow another text."))
+    _add_memory(parser.add_argument_group("memory"))
     _add_output(parser.add_argument_group("output"))
 
 
@@ -149,6 +152,14 @@ def _add_guidance(group: Any) -> None:
     add("--guidance-scale", type=float, metavar="X", help=text)
     text = "the other text (default: the prompt's last token alone, so that the prompt is kept to more closely)"
     add("--negative-prompt", metavar="TEXT", help=text)
+
+
+def _add_memory(group: Any) -> None:
+    add = group.add_argument
+    text = "of keys and values: int8 takes half of bfloat16's memory (default: that of the weights)"
+    add("--cache-dtype", choices=("float32", "bfloat16", "float16", "int8"), help=text)
+    text = "read prompts N tokens at a time: less memory for long ones (default: at once)"
+    add("--prefill-chunk-size", type=count, metavar="N", help=text)
 
 
 def _add_output(group: Any) -> None:
