@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.cache import Cache
-from optjax.config import PROBLEM_TYPES
+from optjax.config import PROBLEM_TYPES, OPTConfig
 from optjax.declaration import logical_axes
 from optjax.layer import linear
 from optjax.model import Inputs, ModelOutput, check_inputs, decoder, with_attention
@@ -106,8 +106,8 @@ def lm_logits(params: Params, x: jax.Array) -> jax.Array:
         return constrain(placement, logits, "batch", *length, "vocab")
 
 
-def _head(params: Params, x: jax.Array, name: str) -> jax.Array:
-    """A classifier's logits in float32."""
+def head_logits(params: Params, x: jax.Array, name: str) -> jax.Array:
+    """A classifier's logits in float32, by the weights of that name: ``score`` or ``qa_outputs``."""
     weights = gather(params.placement, params[name], logical_axes(params.config, params.head)[name])
     return linear(x, weights, placement=params.placement).astype(jnp.float32)
 
@@ -144,25 +144,14 @@ def sequence_classification(
     check_params(params, ("sequence_classification",))
     inputs = check_inputs(params, ids, attention_mask, position_ids, head_mask, inputs_embeds, cache, dropout_key)
     inputs = with_attention(params, inputs, attn_implementation, bool(output_attentions))
-    config = params.config
-    kind = problem_type or config.problem_type
+    kind = problem_type or params.config.problem_type
     if kind is not None and kind not in PROBLEM_TYPES:
         raise ValueError(f"problem_type {kind!r} is not one of {', '.join(PROBLEM_TYPES)}")
     if labels is not None:
         labels = as_array(labels, "labels")
-        integers = jnp.issubdtype(labels.dtype, jnp.integer)
-        if kind is None:
-            one = config.num_labels == 1
-            kind = "regression" if one else f"{'single' if integers else 'multi'}_label_classification"
-        b, n = _shape(inputs)[0], config.num_labels
-        shapes = {"single_label_classification": [(b,)], "multi_label_classification": [(b, n)]}
-        wanted = shapes.get(kind, [(b, n)] + ([(b,)] if n == 1 else []))
-        if labels.shape not in wanted:
-            raise ValueError(f"labels for {kind} should have shape {wanted[0]}, got {labels.shape}")
+        kind = problem_type_of(params.config, labels, _shape(inputs)[0], problem_type)
         if kind == "single_label_classification":
-            if not integers:
-                raise ValueError(f"labels for {kind} should be integers, got {labels.dtype}")
-            check_range(labels, 0, n, "labels", "num_labels", allowed=IGNORE_INDEX)
+            check_range(labels, 0, params.config.num_labels, "labels", "num_labels", allowed=IGNORE_INDEX)
     out_flags = bool(output_hidden_states), bool(output_attentions)
     return _sequence_classification(params, inputs, labels, kind, *out_flags)
 
@@ -170,23 +159,50 @@ def sequence_classification(
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _sequence_classification(params, inputs: Inputs, labels, kind, output_hidden_states, output_attentions):
     out = decoder(params, inputs, output_hidden_states, output_attentions)
-    last = _last_token(inputs, params.config.pad_token_id, out.last_hidden_state.shape[1])
+    last = last_token(inputs, params.config.pad_token_id, out.last_hidden_state.shape[1])
     pooled = jnp.take_along_axis(out.last_hidden_state, last[:, None, None], axis=1)[:, 0]
-    logits = _head(params, pooled, "score")
+    logits = head_logits(params, pooled, "score")
     loss = None
     if labels is not None:
         if kind == "single_label_classification":
             loss = cross_entropy(logits, labels)
-        elif kind == "multi_label_classification":
-            # -log sigmoid(x) for a 1, -log sigmoid(-x) for a 0, in the form that does not overflow.
-            y = labels.astype(jnp.float32)
-            loss = jnp.mean(jax.nn.softplus(logits) - logits * y)
         else:
-            loss = jnp.mean(jnp.square(logits - labels.reshape(logits.shape).astype(jnp.float32)))
+            loss = jnp.mean(label_losses(logits, labels, kind))
     return HeadOutput(logits, loss, *_rest(out))
 
 
-def _last_token(inputs: Inputs, pad_token_id: int | None, t: int) -> jax.Array:
+def problem_type_of(config: OPTConfig, labels: Any, rows: int | None = None, problem_type: str | None = None) -> str:
+    """The problem_type of labels: what is asked for, else the config's, else inferred as transformers does.
+
+    Raises:
+      ValueError: labels of ``rows`` rows that have another shape or dtype.
+    """
+    kind, n = problem_type or config.problem_type, config.num_labels
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if kind is None:
+        kind = "regression" if n == 1 else f"{'single' if integers else 'multi'}_label_classification"
+    if rows is not None:
+        shapes = {"single_label_classification": [(rows,)], "multi_label_classification": [(rows, n)]}
+        wanted = shapes.get(kind, [(rows, n)] + ([(rows,)] if n == 1 else []))
+        if labels.shape not in wanted:
+            raise ValueError(f"labels for {kind} should have shape {wanted[0]}, got {labels.shape}")
+        if kind == "single_label_classification" and not integers:
+            raise ValueError(f"labels for {kind} should be integers, got {labels.dtype}")
+    return kind
+
+
+def label_losses(logits: jax.Array, labels: jax.Array, kind: str) -> jax.Array:
+    """Losses in float32 of logits ``[B, num_labels]``, by problem_type: ``[B]`` of a single label, else one a logit."""
+    if kind == "single_label_classification":
+        return negative_log_likelihood(logits, labels)
+    y = labels.reshape(logits.shape).astype(jnp.float32)
+    if kind == "multi_label_classification":
+        # -log sigmoid(x) for a 1, -log sigmoid(-x) for a 0, in the form that does not overflow.
+        return jax.nn.softplus(logits) - logits * y
+    return jnp.square(logits - y)
+
+
+def last_token(inputs: Inputs, pad_token_id: int | None, t: int) -> jax.Array:
     """Column ``[B]`` of each row's last real token; the last column of a row that has none."""
     if inputs.mask is not None:
         real = jnp.asarray(inputs.mask)
@@ -240,7 +256,7 @@ def question_answering(
 @partial(jax.jit, static_argnums=(3, 4))
 def _question_answering(params, inputs: Inputs, spans, output_hidden_states, output_attentions):
     out = decoder(params, inputs, output_hidden_states, output_attentions)
-    logits = _head(params, out.last_hidden_state, "qa_outputs")
+    logits = head_logits(params, out.last_hidden_state, "qa_outputs")
     start, end = logits[..., 0], logits[..., 1]
     loss = None
     if spans is not None:
@@ -255,12 +271,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Where all are left out the loss and its gradient are 0 (transformers gives NaN).
     """
+    kept = jnp.asarray(labels) != IGNORE_INDEX
+    return negative_log_likelihood(logits, labels).sum() / jnp.maximum(kept.sum(), 1)
+
+
+def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """In float32, of labels ``[…]`` under logits ``[…, V]``; 0 where a label is -100."""
     labels = jnp.asarray(labels)
     kept = labels != IGNORE_INDEX
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.where(kept, nll, 0.0).sum() / jnp.maximum(kept.sum(), 1)
+    return jnp.where(kept, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
 
 
 def _as_labels(labels: Any, shape: tuple[int, int], vocab_size: int):

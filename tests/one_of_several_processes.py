@@ -14,7 +14,7 @@ from optjax.checkpoints import tensors
 from optjax.sharding import initialize, make_mesh
 from optjax.train.checkpoint import Checkpoints
 from optjax.train.optimizer import Recipe
-from optjax.train.placing import place_records
+from optjax.train.placing import place_batch, rows
 from optjax.train.state import abstract_state, init_state, train_step
 
 initialize()
@@ -47,9 +47,12 @@ optjax.save_params(params, out / "saved")
 
 recipe = Recipe(peak_lr=1e-2, total_steps=4, warmup_steps=0)
 state = init_state(params)
+own = ids[rows(params, len(ids))]
+assert len(own) == 8 // jax.process_count()
+batch = place_batch({"input_ids": own[:, :-1], "labels": own[:, 1:]}, params, len(ids))
 losses = []
 for _ in range(2):
-    state, metrics = train_step(state, place_records(ids, params), recipe)
+    state, metrics = train_step(state, batch, recipe)
     losses.append(np.asarray(metrics["loss"]))
 with Checkpoints(out / "run") as checkpoints:
     checkpoints.save(state)

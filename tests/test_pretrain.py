@@ -21,7 +21,7 @@ from optjax.train.log import read_log
 from optjax.train.loss import evaluate, next_token_loss
 from optjax.train.optimizer import Recipe, decayed, learning_rate
 from optjax.train.options import PLAIN, StepOptions
-from optjax.train.pretrain import Options, main, pretrain
+from optjax.train.pretrain import Options, as_batch, main, pretrain
 from optjax.train.state import init_state, train_step
 
 CONFIG = OPTConfig(
@@ -80,7 +80,7 @@ def test_five_steps_equal_torch(stacked, levers):
     clipped = 0
     for step, lr in enumerate(expected_lr):
         records = text.batch(7, step, 6)
-        state, metrics = train_step(state, records, RECIPE, options=levers)
+        state, metrics = train_step(state, as_batch(records), RECIPE, options=levers)
         ids = torch.tensor(records, dtype=torch.long)
         logits = model(ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
@@ -139,10 +139,10 @@ def test_half_precision_weights_are_refused():
 def test_one_batch_can_be_learned_by_heart():
     recipe = Recipe(peak_lr=1e-2, total_steps=150, warmup_steps=5)
     state = init_state(init_params(CONFIG, jax.random.key(0)))
-    records = random_text().batch(0, 0, 4)
-    first = float(next_token_loss(state.params, records))
+    batch = as_batch(random_text().batch(0, 0, 4))
+    first = float(next_token_loss(state.params, batch))
     for _ in range(150):
-        state, metrics = train_step(state, records, recipe)
+        state, metrics = train_step(state, batch, recipe)
     assert first > 3.9 and float(metrics["loss"]) < 0.2
 
 
@@ -163,8 +163,9 @@ def test_batches_cover_an_epoch_once_and_depend_on_seed_and_step_alone():
 
 def test_evaluate_is_the_mean_over_records():
     params, text = init_params(CONFIG, jax.random.key(1)), random_text()
-    found = evaluate(params, text, batch_size=8, max_batches=3)
-    each = [float(next_token_loss(params, text.take([i]))) for i in range(24)]
+    batches = (as_batch(text.take(range(i, i + 8))) for i in (0, 8, 16))
+    found = evaluate(params, batches, bytes_per_token=4.0)
+    each = [float(next_token_loss(params, as_batch(text.take([i])))) for i in range(24)]
     assert found["loss"] == pytest.approx(np.mean(each), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2) / 4.0)
 

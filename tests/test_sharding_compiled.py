@@ -89,10 +89,10 @@ def compile_training(layers: int, rules: str, mesh: str, **options):
     levers = StepOptions(remat="full", **options)
     state = abstract_state(config(layers).replace(dropout=0.0), levers, stacked=True, mesh=placed, rules=rules)
     rows = B * levers.micro_batches
-    lies = state.params.placement.fitting((rows, 65), ("batch", None))
-    records = jax.ShapeDtypeStruct((rows, 65), jnp.int32, sharding=lies)
+    lies = state.params.placement.fitting((rows, 64), ("batch", None))
+    ids = jax.ShapeDtypeStruct((rows, 64), jnp.int32, sharding=lies)
     recipe = Recipe(peak_lr=1e-3, total_steps=10, warmup_steps=1)
-    return train_step.lower(state, records, recipe, 0, levers).compile(), dict(placed.shape)
+    return train_step.lower(state, {"input_ids": ids, "labels": ids}, recipe, 0, levers).compile(), dict(placed.shape)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -18,11 +18,10 @@ from optjax.sharding import RULES, make_mesh
 from optjax.train.adamw import Moments, round_at_random
 from optjax.train.backward import loss_and_gradients
 from optjax.train.checkpoint import Checkpoints
-from optjax.train.data import PackedText
 from optjax.train.loss import evaluate, next_token_loss
 from optjax.train.optimizer import Recipe, decayed, learning_rate
 from optjax.train.options import StepOptions
-from optjax.train.placing import place_records
+from optjax.train.placing import place_batch
 from optjax.train.state import abstract_state, init_state, train_step
 
 CONFIG = OPTConfig(
@@ -54,6 +53,7 @@ RECIPE = Recipe(peak_lr=1e-2, total_steps=8, warmup_steps=2, eps=1e-2, clip_norm
 LEVERS = StepOptions(micro_batches=2, remat="full", query_block=8, loss_chunks=2)
 B, T, SEED = 16, 16, 5
 RECORDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (B, T + 1)).astype(np.int32)
+BATCH = {"input_ids": RECORDS[:, :-1], "labels": RECORDS[:, 1:]}
 DROPOUT = dict(dropout=0.1, attention_dropout=0.2, layerdrop=0.2)
 
 _ours = jax.jit(loss_and_gradients, static_argnums=3)
@@ -69,10 +69,8 @@ def plain(params, micro_batches: int, step: int = 0):
     """Loss and gradients by `jax.grad` of the model as it is, one micro-batch after the other; and their key."""
     drops = params.config.dropout > 0
     key = jax.random.fold_in(jax.random.key(SEED), step) if drops else None
-    each = [
-        _plain(params, RECORDS[m::micro_batches], jax.random.fold_in(key, m) if drops else None)
-        for m in range(micro_batches)
-    ]
+    parts = [{name: array[m::micro_batches] for name, array in BATCH.items()} for m in range(micro_batches)]
+    each = [_plain(params, part, jax.random.fold_in(key, m) if drops else None) for m, part in enumerate(parts)]
     loss, gradients = jax.tree.map(lambda *parts: sum(parts) / micro_batches, *each)
     return loss, gradients, key
 
@@ -114,7 +112,7 @@ def test_a_step_over_devices(rules):
         norm = optax.tree.norm(gradients)
         updates, theirs = adamw.update(gradients, theirs, params)
         params = optax.apply_updates(params, updates)
-        state, metrics = train_step(state, place_records(RECORDS, state.params), RECIPE, SEED, LEVERS)
+        state, metrics = train_step(state, place_batch(BATCH, state.params, B), RECIPE, SEED, LEVERS)
         np.testing.assert_allclose(float(metrics["loss"]), float(loss), rtol=1e-5)
         np.testing.assert_allclose(float(metrics["grad_norm"]), float(norm), rtol=1e-5)
         if step == 0:
@@ -134,7 +132,7 @@ def test_a_step_over_devices(rules):
 def test_gradients_of_architectures_over_devices(name):
     config = CONFIG.replace(**ARCHITECTURES[name])
     expected, gradients, _ = plain(made(None, config), 2)
-    found, ours = _ours(made("fsdp+tensor+sequence", config), RECORDS, None, LEVERS)
+    found, ours = _ours(made("fsdp+tensor+sequence", config), BATCH, None, LEVERS)
     assert abs(float(found) - float(expected)) <= 1e-5 * float(expected)
     close(ours, gradients)
 
@@ -153,26 +151,26 @@ def test_levers_change_no_number(levers, stacked):
     """Not even which activations are dropped."""
     params = made(None, CONFIG.replace(**DROPOUT), stacked)
     expected, gradients, key = plain(params, levers.micro_batches)
-    found, ours = _ours(params, RECORDS, key, levers)
+    found, ours = _ours(params, BATCH, key, levers)
     assert abs(float(found) - float(expected)) <= 1e-5 * float(expected)
     close(ours, gradients)
 
 
 def test_layers_in_a_list_over_devices():
     expected, gradients, _ = plain(made(None, stacked=False), 2)
-    found, ours = _ours(made("fsdp+tensor+sequence", stacked=False), RECORDS, None, LEVERS)
+    found, ours = _ours(made("fsdp+tensor+sequence", stacked=False), BATCH, None, LEVERS)
     assert abs(float(found) - float(expected)) <= 1e-5 * float(expected)
     close(ours, gradients)
 
 
 def test_labels_that_are_ignored_do_not_count():
     """However unevenly they lie in the micro-batches: records of even rows end early."""
-    params, records = made(None), RECORDS.copy()
-    records[::2, 9:] = -100
-    found, _ = _ours(params, records, None, LEVERS)
-    logits = np.asarray(optjax.causal_lm(params, RECORDS[:, :-1]).logits)
-    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), RECORDS[:, 1:, None], -1)[..., 0]
-    assert float(found) == pytest.approx(nll[records[:, 1:] >= 0].mean(), rel=1e-5)
+    params, labels = made(None), BATCH["labels"].copy()
+    labels[::2, 8:] = -100
+    found, _ = _ours(params, BATCH | {"labels": labels}, None, LEVERS)
+    logits = np.asarray(optjax.causal_lm(params, BATCH["input_ids"]).logits)
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), BATCH["labels"][..., None], -1)[..., 0]
+    assert float(found) == pytest.approx(nll[labels >= 0].mean(), rel=1e-5)
 
 
 def test_a_checkpoint_moves_to_another_mesh_bit_for_bit(tmp_path):
@@ -195,7 +193,7 @@ def test_no_logits_of_all_tokens():
     """In the compiled program there is no array of B·T·V numbers, nor one of a micro-batch's B·H·T·T scores."""
     config = CONFIG.replace(vocab_size=67)  # a number that nothing else is a multiple of
     rows = B // LEVERS.micro_batches
-    text = train_step.lower(init_state(made(None, config)), RECORDS, RECIPE, 0, LEVERS).compile().as_text()
+    text = train_step.lower(init_state(made(None, config)), BATCH, RECIPE, 0, LEVERS).compile().as_text()
     shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     logits = {int(np.prod(shape)) // 67 for shape in shapes if any(n % 67 == 0 for n in shape)}
     assert rows * T // LEVERS.loss_chunks in logits, "no chunk of logits was found"
@@ -207,7 +205,7 @@ def test_a_state_on_one_device_is_one_program():
     state = init_state(made(None))
     programs = train_step._cache_size()
     for _ in range(3):
-        state, _ = train_step(state, RECORDS, RECIPE)
+        state, _ = train_step(state, BATCH, RECIPE)
     assert train_step._cache_size() == programs + 1
 
 
@@ -217,7 +215,7 @@ def test_the_hosts_memory_changes_no_number(rules):
     for options in (LEVERS, dataclasses.replace(LEVERS, moments_memory="host", remat="offload")):
         state = init_state(made(rules), options)
         for _ in range(2):
-            state, metrics = train_step(state, place_records(RECORDS, state.params), RECIPE, 0, options)
+            state, metrics = train_step(state, place_batch(BATCH, state.params, B), RECIPE, 0, options)
             kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.moments)}
             assert kinds == {"device" if options is LEVERS else "pinned_host"}
             assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
@@ -226,9 +224,15 @@ def test_the_hosts_memory_changes_no_number(rules):
 
 
 def test_evaluation_over_devices():
-    text = PackedText(RECORDS.reshape(-1).astype(np.uint16), 16, 1.0)
-    alone = evaluate(made(None), text, 4)
-    assert evaluate(made("fsdp+tensor+sequence"), text, 4, options=LEVERS)["loss"] == pytest.approx(alone["loss"], 1e-5)
+    """The mean over all labels, however many of them each batch has."""
+    first, second = ({name: array[part].copy() for name, array in BATCH.items()} for part in (slice(8), slice(8, 16)))
+    second["labels"][:, 3:] = -100
+    counts = [np.sum(each["labels"] >= 0) for each in (first, second)]
+    losses = [float(_plain(made(None), each, None)[0]) for each in (first, second)]
+    spread = evaluate(made("fsdp+tensor+sequence"), iter((first, second)), LEVERS, bytes_per_token=2.0)
+    assert spread["loss"] == pytest.approx(np.average(losses, weights=counts), 1e-5)
+    assert spread["perplexity"] == pytest.approx(np.exp(spread["loss"]))
+    assert spread["bits_per_byte"] == pytest.approx(spread["loss"] / np.log(2) / 2)
 
 
 def test_bfloat16_is_near():
@@ -240,7 +244,7 @@ def test_bfloat16_is_near():
         assert state.moments.second["layers"]["fc1"]["weight"].dtype == dtype
         losses[dtype] = []
         for _ in range(8):
-            state, metrics = train_step(state, RECORDS, RECIPE, 0, options)
+            state, metrics = train_step(state, BATCH, RECIPE, 0, options)
             losses[dtype].append(float(metrics["loss"]))
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=1e-2)
@@ -260,25 +264,26 @@ def test_rounding_is_right_on_average():
 
 
 @pytest.mark.parametrize(
-    "rows, tokens, changes, message",
+    "rows, length, changes, message",
     [
-        (6, 17, {}, "a batch of 6 records .* 2 micro-batches over 2 groups .* multiple of 4"),
-        (16, 16, {}, "records of 15 tokens do not divide over"),
-        (16, 17, {"query_block": 5}, "query_block 5 does not divide records of 16"),
-        (16, 17, {"loss_chunks": 3}, "loss_chunks 3 does not divide the 8 tokens"),
-        (16, 23, {}, "records of 22 tokens, but max_position_embeddings 20"),
+        (6, 16, {}, "a batch of 6 records .* 2 micro-batches over 2 groups .* multiple of 4"),
+        (16, 15, {}, "records of 15 tokens do not divide over"),
+        (16, 16, {"query_block": 5}, "query_block 5 does not divide records of 16"),
+        (16, 16, {"loss_chunks": 3}, "loss_chunks 3 does not divide the 8 tokens"),
+        (16, 22, {}, "records of 22 tokens, but max_position_embeddings 20"),
     ],
 )
-def test_what_does_not_divide_is_said(rows, tokens, changes, message):
+def test_what_does_not_divide_is_said(rows, length, changes, message):
     options = StepOptions(**({"micro_batches": 2} | changes))
     mesh = make_mesh(SPREADS["fsdp+tensor+sequence"], jax.devices()[:8])
     state = abstract_state(CONFIG, options, stacked=True, mesh=mesh)
     with pytest.raises(ValueError, match=message):
-        train_step.lower(state, jax.ShapeDtypeStruct((rows, tokens), jnp.int32), RECIPE, 0, options)
+        array = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        train_step.lower(state, {"input_ids": array, "labels": array}, RECIPE, 0, options)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dtype": "float16"}, {"remat": "half"}, {"micro_batches": 0}, {"moments_memory": "disk"}]
+    "wrong", [{"dtype": "float64"}, {"remat": "half"}, {"micro_batches": 0}, {"moments_memory": "disk"}]
 )
 def test_options_refuse_nonsense(wrong):
     with pytest.raises(ValueError, match="should be"):

@@ -23,7 +23,7 @@ _RECIPE = Recipe(peak_lr=1e-4, total_steps=100_000)
 def train_programs(
     config: OPTConfig, placement: Placement, *, batch: int, length: int, dropout: float = 0.0, **options: Any
 ) -> list[Program]:
-    """One step on ``batch`` records of ``length`` + 1 tokens.
+    """One step of the language model on ``batch`` rows of ``length`` tokens, one document a row.
 
     Args:
       dropout: in place of the config's; attention_dropout and layerdrop are off.
@@ -32,11 +32,11 @@ def train_programs(
     config = config.replace(dropout=dropout, attention_dropout=0.0, layerdrop=0.0)
     step_options = StepOptions(**options)
     state = abstract_state(config, step_options, stacked=True, mesh=placement.mesh, rules=dict(placement.rules))
-    shape = (batch, length + 1)
-    records = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.fitting(shape, ("batch", None)))
+    shape = (batch, length)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.fitting(shape, ("batch", None)))
     groups: dict[str, Any] = {"weights": state.params}
     if step_options.moments_memory == "device":
         groups["optimizer state"] = state.moments
     gradients = {"gradients": state.params}  # one copy in float32, sharded as the weights
-    arguments = (state, records, _RECIPE, 0, step_options)
+    arguments = (state, {"input_ids": rows, "labels": rows}, _RECIPE, 0, step_options)
     return [Program("train step", train_step, arguments, groups, gradients, overlap_options(placement.mesh))]

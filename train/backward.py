@@ -14,17 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from optjax.attention import causal_mask
-from optjax.heads import IGNORE_INDEX
 from optjax.kernels.flash import Flash
 from optjax.layer import USED_WEIGHT, decoder_layer
-from optjax.model import Inputs, embed, finish
+from optjax.model import Inputs, embed
 from optjax.offloading import check_not_offloaded
 from optjax.params import Params
 from optjax.placed import constrain
 
-from .cross_entropy import summed_loss
+from .batches import Batch, positions, seen
+from .head_loss import head_loss, loss_scales
 from .options import StepOptions
 from .placing import place
 
@@ -42,85 +43,95 @@ def check_not_quantized(params: Params) -> None:
 
 
 def loss_and_gradients(
-    params: Params, records: jax.Array, dropout_key: jax.Array | None, options: StepOptions
+    params: Params,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    options: StepOptions,
+    loss_scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, Params]:
-    """The mean negative log-likelihood of records ``[B, T + 1]`` in nats per token, and its gradients in float32.
+    """The mean loss of a batch (see `check_arrays`), by the head of the params, and its gradients in float32.
 
-    Micro-batch m of M takes records m, m + M, m + 2M, …: every device its own. Its dropout key is
-    ``fold_in(dropout_key, m)``.
+    Of a language model it is the mean negative log-likelihood in nats per token. Micro-batch m of M takes rows m,
+    m + M, m + 2M, …: every device its own. Its dropout key is ``fold_in(dropout_key, m)``.
+
+    Args:
+      loss_scale: the gradients are those of the loss times this.
 
     Raises:
       ValueError: the params are quantized.
     """
     check_not_quantized(params)
-    b, length = records.shape
     m = options.micro_batches
-    scale = 1.0 / jnp.maximum((records[:, 1:] != IGNORE_INDEX).sum(), 1).astype(jnp.float32)
+    scale = loss_scales(params, batch) * loss_scale
     add = partial(_add_stacked if params.stacked else _add_unrolled, params, scale, options)
     start = jnp.zeros((), jnp.float32), place(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params))
     if m == 1:
-        return add(start, (records, _fold_in(dropout_key, 0)))
-    parts = records.reshape(b // m, m, length).swapaxes(0, 1)
-    parts = constrain(params.placement, parts, None, "batch", None)
+        loss, gradients = add(start, (dict(batch), _fold_in(dropout_key, 0)))
+        return loss / loss_scale, gradients
+
+    def in_parts(array: jax.Array) -> jax.Array:
+        b, *rest = array.shape
+        parts = array.reshape(b // m, m, *rest).swapaxes(0, 1)
+        return constrain(params.placement, parts, None, "batch", *(None for _ in rest))
 
     def step(carry, each):
         part, i = each
         return add(carry, (part, _fold_in(dropout_key, i))), None
 
-    return jax.lax.scan(step, start, (parts, jnp.arange(m)))[0]
+    (loss, gradients), _ = jax.lax.scan(step, start, (jax.tree.map(in_parts, dict(batch)), jnp.arange(m)))
+    return loss / loss_scale, gradients
 
 
 def batch_loss(
-    params: Params, records: jax.Array, scale: jax.Array, dropout_key: jax.Array | None, options: StepOptions
+    params: Params, batch: Batch, scale: jax.Array, dropout_key: jax.Array | None, options: StepOptions
 ) -> jax.Array:
-    """The sum of the negative log-likelihoods of records ``[B, T + 1]``, times ``scale``; for `jax.grad`."""
-    x = _embed(params, records, options)
-    layer, layers = _layer(params, options), params.config.num_hidden_layers
+    """The loss of a batch, or of a part of one, times what `loss_scales` says of the whole; for `jax.grad`."""
+    x = _embed(params, batch, options)
+    layer, layers, own = _layer(params, options), params.config.num_hidden_layers, seen(batch)
     if params.stacked:
 
         def step(x, each):
             weights, i = each
-            return layer(jax.lax.optimization_barrier(weights), x, _fold_in(dropout_key, i)), None
+            return layer(jax.lax.optimization_barrier(weights), own, x, _fold_in(dropout_key, i)), None
 
         x, _ = jax.lax.scan(step, x, (params["layers"], jnp.arange(layers)))
     else:
         for i in range(layers):
-            x = layer(params.layer(i), x, _fold_in(dropout_key, i))
-    return summed_loss(params, finish(params, x), records[:, 1:], scale, options)
+            x = layer(params.layer(i), own, x, _fold_in(dropout_key, i))
+    return head_loss(params, x, batch, scale, options)
 
 
 def _add_unrolled(params: Params, scale, options: StepOptions, carry, each):
     """Loss and gradients of one micro-batch, added to those before it: layers in a list, by plain autodiff."""
-    records, key = each
-    loss, gradients = jax.value_and_grad(batch_loss)(params, records, scale, key, options)
+    batch, key = each
+    loss, gradients = jax.value_and_grad(batch_loss)(params, batch, scale, key, options)
     return carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)
 
 
 def _add_stacked(params: Params, scale, options: StepOptions, carry, each):
     """The same of stacked layers, in place."""
-    (total, sums), (records, key) = carry, each
+    (total, sums), (batch, key) = carry, each
     outside = {name: weights for name, weights in params.weights.items() if name != "layers"}
 
     def with_outside(outside: Weights) -> Params:
         return dataclasses.replace(params, weights=outside | {"layers": {}})
 
-    x, from_embed = jax.vjp(lambda outside: _embed(with_outside(outside), records, options), outside)
-    x, kept = _forward(params, x, key, options)
+    x, from_embed = jax.vjp(lambda outside: _embed(with_outside(outside), batch, options), outside)
+    x, kept = _forward(params, x, seen(batch), key, options)
 
     def head(outside, x):
-        own = with_outside(outside)
-        return summed_loss(own, finish(own, x), records[:, 1:], scale, options)
+        return head_loss(with_outside(outside), x, batch, scale, options)
 
     loss, from_head = jax.vjp(head, outside, x)
     d_outside, dx = from_head(jnp.ones((), jnp.float32))
     sums_outside = {name: weights for name, weights in sums.weights.items() if name != "layers"}
     sums_outside = jax.tree.map(jnp.add, sums_outside, d_outside)
-    dx, sums_layers = _backward(params, kept, dx, sums["layers"], key, options)
+    dx, sums_layers = _backward(params, kept, dx, sums["layers"], seen(batch), key, options)
     sums_outside = jax.tree.map(jnp.add, sums_outside, from_embed(dx)[0])
     return total + loss, dataclasses.replace(sums, weights=sums_outside | {"layers": sums_layers})
 
 
-def _forward(params: Params, x: jax.Array, key, options: StepOptions):
+def _forward(params: Params, x: jax.Array, own, key, options: StepOptions):
     """The layers over x; and what they keep, stacked ``[L, …]``, as `_backward` takes it."""
     layer = _layer(params, options)
     kept_of: list[_Kept] = []
@@ -128,8 +139,8 @@ def _forward(params: Params, x: jax.Array, key, options: StepOptions):
     def step(x, each):
         weights, i = each
         weights = jax.lax.optimization_barrier(weights)
-        given = weights, _fold_in(key, i)
-        y, vjp = jax.vjp(lambda weights, key, x: layer(weights, x, key), *given, x)
+        given = weights, own, _fold_in(key, i)
+        y, vjp = jax.vjp(lambda weights, own, key, x: layer(weights, own, x, key), *given, x)
         kept = _Kept(vjp, given)
         kept_of[:] = [kept]
         return y, _to(jax.memory.Space.Host, kept.arrays) if options.remat == "offload" else kept.arrays
@@ -138,7 +149,7 @@ def _forward(params: Params, x: jax.Array, key, options: StepOptions):
     return x, (kept_of[0], arrays)
 
 
-def _backward(params: Params, kept, dx: jax.Array, sums: Weights, key, options: StepOptions):
+def _backward(params: Params, kept, dx: jax.Array, sums: Weights, own, key, options: StepOptions):
     """The gradient by what `_forward` was given, and the sums with the gradients by the layers' weights added."""
     structure, arrays = kept
 
@@ -149,7 +160,7 @@ def _backward(params: Params, kept, dx: jax.Array, sums: Weights, key, options: 
         weights = jax.lax.optimization_barrier(weights)
         if options.remat == "offload":
             arrays = _to(jax.memory.Space.Device, arrays)
-        d_weights, _, dx = structure.vjp((weights, _fold_in(key, i)), arrays)(dx)
+        d_weights, _, _, dx = structure.vjp((weights, own, _fold_in(key, i)), arrays)(dx)
         dx = constrain(params.placement, dx, "batch", "residual_length", None)
         return (dx, jax.tree.map(partial(_add_at, i), sums, d_weights)), None
 
@@ -174,17 +185,23 @@ class _Kept:
 
 
 def _layer(params: Params, options: StepOptions):
-    """A decoder layer that keeps for its backward pass what ``options.remat`` says: weights, x, key → y."""
+    """A decoder layer that keeps for its backward pass what ``options.remat`` says: weights, `seen`, x, key → y."""
     config, placement = params.config, params.placement
 
-    def layer(weights: Weights, x: jax.Array, key) -> jax.Array:
-        t = x.shape[1]
-        mask = causal_mask(jnp.ones((1, t), bool), jnp.arange(t, dtype=jnp.int32))
-        if options.attention_kind(params, (x.shape[0], t)) == "flash":
-            kind: Any = {"flash": Flash(placement)}
+    def layer(weights: Weights, own: dict[str, jax.Array], x: jax.Array, key) -> jax.Array:
+        b, t = x.shape[:2]
+        mask, segments = (own.get(name) for name in ("attention_mask", "segment_ids"))
+        real = None if mask is None else mask != 0
+        visible = causal_mask(jnp.ones((1, t), bool) if real is None else real, jnp.arange(t, dtype=jnp.int32))
+        if segments is not None:
+            visible &= segments[:, None, :, None] == segments[:, None, None, :]
+        if own:
+            visible = checkpoint_name(visible, USED_WEIGHT)  # made again rather than kept
+        if options.attention_kind(params, (b, t)) == "flash":
+            kind: Any = {"flash": Flash(placement, real, segments=segments)}
         else:
             kind = {"query_block": options.block_of_queries(t)}
-        y, _, _ = decoder_layer(config, placement, weights, x, mask, None, key, None, **kind)
+        y, _, _ = decoder_layer(config, placement, weights, x, visible, None, key, None, **kind)
         return constrain(placement, y, "batch", "residual_length", None)
 
     policies = jax.checkpoint_policies
@@ -195,11 +212,11 @@ def _layer(params: Params, options: StepOptions):
     return jax.checkpoint(layer, policy=policy, prevent_cse=not params.stacked)
 
 
-def _embed(params: Params, records: jax.Array, options: StepOptions) -> jax.Array:
-    """What goes into the first layer, for records ``[B, T + 1]``."""
-    # Positions of one row, for all: their table's gradient is then a sum over rows, and no scatter of B·T.
-    positions = jnp.arange(records.shape[1] - 1)[None]
-    x = embed(params, Inputs(ids=records[:, :-1], position_ids=positions), options.dtype).astype(options.dtype)
+def _embed(params: Params, batch: Batch, options: StepOptions) -> jax.Array:
+    """What goes into the first layer."""
+    # Positions of one row, where all have the same: the table's gradient is then a sum over rows, no scatter of B·T.
+    inputs = Inputs(ids=batch["input_ids"], position_ids=positions(batch))
+    x = embed(params, inputs, options.dtype).astype(options.dtype)
     return constrain(params.placement, x, "batch", "residual_length", None)
 
 

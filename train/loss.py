@@ -1,58 +1,71 @@
-"""What training minimizes, and the same number on text that is not trained on."""
+"""What training minimizes, and the same number on batches that are not trained on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from optjax.heads import IGNORE_INDEX, causal_lm, cross_entropy
+from optjax.heads import causal_lm, cross_entropy
 from optjax.params import Params
 
 from .backward import batch_loss, check_not_quantized
-from .data import PackedText
+from .batches import Batch, check_arrays
+from .head_loss import loss_counts, loss_scales
 from .options import PLAIN, StepOptions
-from .placing import place_records
+from .placing import place_batch
 
 
-def next_token_loss(params: Params, records: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Mean cross-entropy in nats per token of records `[B, T + 1]`: T inputs and, one further on, T labels."""
-    logits = causal_lm(params, records[:, :-1], dropout_key=dropout_key).logits
-    return cross_entropy(logits, records[:, 1:])
+def next_token_loss(params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Mean cross-entropy in nats per token of ``labels [B, T]``, which follow ``input_ids [B, T]``: the model as it is,
+    for any params of a language model."""
+    return cross_entropy(causal_lm(params, batch["input_ids"], dropout_key=dropout_key).logits, batch["labels"])
 
 
 @partial(jax.jit, static_argnums=2)
-def _evaluate(params: Params, records: jax.Array, options: StepOptions) -> jax.Array:
-    scale = 1.0 / jnp.maximum((records[:, 1:] != IGNORE_INDEX).sum(), 1).astype(jnp.float32)
-    return batch_loss(params, records, scale, None, options)
+def _evaluate(params: Params, batch: Batch, options: StepOptions) -> tuple[jax.Array, jax.Array]:
+    check_arrays(params, batch)
+    loss = batch_loss(params, batch, loss_scales(params, batch), None, options)
+    return loss, loss_counts(params, batch).sum()
 
 
 def evaluate(
     params: Params,
-    text: PackedText,
-    batch_size: int,
-    max_batches: int | None = None,
+    batches: Iterable[Batch],
     options: StepOptions = PLAIN,
+    *,
+    batch_size: int | None = None,
+    bytes_per_token: float | None = None,
 ) -> dict[str, float]:
-    """The loss on the first records of a text, in their order, without dropout.
+    """The loss on batches, without dropout.
+
+    Args:
+      batches: this process's `rows` of each.
+      batch_size: rows of a batch of all processes; by default those of this one.
+      bytes_per_token: of the text that was tokenized.
 
     Returns:
-      `loss`, nats per token, and `bits_per_byte`, which compares across tokenizers. Each record is predicted from its
-      own beginning on, so both are a little higher than with a sliding window.
+      ``loss``: the mean over all that the loss is a mean of; of a language model ``perplexity``, its exponential, and
+      with ``bytes_per_token`` ``bits_per_byte``, which compares across tokenizers. Each row is predicted from its own
+      beginning on, so they are a little higher than with a sliding window.
 
     Raises:
-      ValueError: the params are quantized; `next_token_loss` takes those too.
+      ValueError: the params are quantized (`next_token_loss` takes those too); there are no batches, or they do not
+        have what the head needs.
     """
     check_not_quantized(params)
-    batch_size = min(batch_size, text.records)
-    batches = text.records // batch_size
-    batches = batches if max_batches is None else min(batches, max_batches)
-    losses = []
-    for i in range(batches):
-        records = place_records(text.take(range(i * batch_size, (i + 1) * batch_size)), params)
-        losses.append(float(_evaluate(params, records, options)))
-    loss = float(np.mean(losses))
-    return {"loss": loss, "bits_per_byte": loss / math.log(2) / text.bytes_per_token}
+    found = []
+    for batch in batches:
+        size = len(next(iter(batch.values()))) if batch_size is None else batch_size
+        found.append(_evaluate(params, place_batch(batch, params, size), options))
+    if not found:
+        raise ValueError("no batches to evaluate on")
+    losses, counts = np.array(jax.device_get(found), np.float64).T
+    loss = float((losses * counts).sum() / max(counts.sum(), 1.0))
+    if params.head != "causal_lm":
+        return {"loss": loss}
+    more = {} if bytes_per_token is None else {"bits_per_byte": loss / math.log(2) / bytes_per_token}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **more}

@@ -10,6 +10,7 @@ from optjax.params import Params
 
 REMAT = ("none", "dots", "full", "offload")
 DTYPES = ("float32", "bfloat16")
+COMPUTE_DTYPES = (*DTYPES, "float16")
 MEMORIES = ("device", "host")
 
 # Scores of more queries than this at once are not worth their memory.
@@ -23,7 +24,8 @@ class StepOptions:
     """Levers of a train step. Frozen and hashable: one value, one compiled program.
 
     Attributes:
-      dtype: of activations, and of the weights as they are used; the weights that are kept are float32 always.
+      dtype: of activations, and of the weights as they are used; the weights that are kept are float32 always. Under
+        float16 the loss is scaled before the backward pass; see `Guard.loss_scale`.
       micro_batches: the batch is taken in so many parts, whose gradients are summed in float32 in one copy.
       remat: what of a layer is kept for the backward pass. ``"none"``: all but gathered weights; ``"dots"``: what
         matrix products with weights give; ``"full"``: the layer's input; ``"offload"``: that, in the host's memory.
@@ -35,6 +37,8 @@ class StepOptions:
         as many as keep a part below 128 MiB on a device.
       moments_dtype: of AdamW's moments. bfloat16 is rounded stochastically, so that small changes add up.
       moments_memory: ``"device"``, or ``"host"`` (pinned), from where each layer's come while it is updated.
+      loss_scale_init, loss_scale_window, loss_scale_floor: of float16: the first scale, the finite updates in a row
+        after which it doubles, and what it never falls below, halved at each update that is not finite.
 
     Raises:
       ValueError: there is no such value, or query_block with ``"flash"``.
@@ -48,20 +52,34 @@ class StepOptions:
     loss_chunks: int | None = None
     moments_dtype: str = "float32"
     moments_memory: str = "device"
+    loss_scale_init: float = 2.0**16
+    loss_scale_window: int = 2000
+    loss_scale_floor: float = 0.25
 
     def __post_init__(self):
-        for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("moments_dtype", DTYPES),
+        for name, allowed in (("dtype", COMPUTE_DTYPES), ("remat", REMAT), ("moments_dtype", DTYPES),
                               ("attn_implementation", IMPLEMENTATIONS),
                               ("moments_memory", MEMORIES)):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} should be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name, least in (("micro_batches", 1), ("query_block", 0), ("loss_chunks", 1)):
+        for name, least in (("micro_batches", 1), ("query_block", 0), ("loss_chunks", 1),
+                            ("loss_scale_window", 1)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} should be an integer of {least} or more, not {value!r}")
 
+        if not 0 < self.loss_scale_floor <= self.loss_scale_init < math.inf:
+            raise ValueError(
+                "expected 0 < loss_scale_floor <= loss_scale_init, which should be finite, got "
+                f"{self.loss_scale_floor}, {self.loss_scale_init}"
+            )
         if self.attn_implementation == "flash" and self.query_block is not None:
             raise ValueError("query_block is of attn_implementation 'eager'; 'flash' has blocks of its own")
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled before the backward pass."""
+        return self.dtype == "float16"
 
     def attention_kind(self, params: Params, shape: tuple[int, int]) -> str:
         """What attention will be for records that make ids ``[B, T]``: ``"flash"`` or ``"eager"``.

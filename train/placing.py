@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,13 +36,44 @@ def place(params: Params, memory: str = "device") -> Params:
     return jax.tree.map(jax.lax.with_sharding_constraint, params, shardings(params))
 
 
-def place_records(records: np.ndarray, params: Params) -> Any:
-    """Records ``[B, T + 1]`` on the devices of the params, rows split as the rules split the batch, if they divide.
-
-    Every process gives the same records and copies its own rows only.
-    """
+def rows(params: Params, batch_size: int) -> range:
+    """The rows of a batch that this process's devices need: from the first of them to the last. Reads no leaf."""
     placement = params.placement
     if placement is None:
-        return records
-    sharding = placement.fitting(records.shape, ("batch", None))
-    return jax.make_array_from_callback(records.shape, sharding, lambda index: records[index])
+        return range(batch_size)
+    sharding: Any = placement.fitting((batch_size,), ("batch",))
+    own = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    return range(min(start for start, _, _ in own), max(stop for _, stop, _ in own))
+
+
+def place_batch(batch: Mapping[str, Any], params: Params, batch_size: int) -> dict[str, jax.Array]:
+    """A batch on the devices of the params, rows split as the rules split the batch, if they divide.
+
+    Args:
+      batch: this process's `rows` of each array, numpy.
+      batch_size: rows of all processes.
+
+    Raises:
+      ValueError: an array has another number of rows.
+    """
+    own = rows(params, batch_size)
+    for name, array in batch.items():
+        if array.shape[0] != len(own):
+            raise ValueError(
+                f"{name} has {array.shape[0]} rows, and this process's part of a batch of {batch_size} is rows "
+                f"{own.start} to {own.stop - 1}"
+            )
+    if params.placement is None:
+        return {name: jax.device_put(array) for name, array in batch.items()}
+    return {name: _placed(np.asarray(array), params.placement, own, batch_size) for name, array in batch.items()}
+
+
+def _placed(array: np.ndarray, placement: Any, own: range, batch_size: int) -> jax.Array:
+    shape = (batch_size, *array.shape[1:])
+    sharding = placement.fitting(shape, ("batch", *(None for _ in shape[1:])))
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch_size)
+        return array[(slice(start - own.start, stop - own.start), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, part)

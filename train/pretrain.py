@@ -20,6 +20,7 @@ import dataclasses
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from .data import PackedText
 from .log import Log
 from .loss import evaluate
 from .optimizer import Recipe
-from .options import DTYPES, MEMORIES, PLAIN, REMAT, StepOptions
-from .placing import place_records
+from .options import COMPUTE_DTYPES, DTYPES, MEMORIES, PLAIN, REMAT, StepOptions
+from .placing import place_batch
 from .state import TrainState, abstract_state, check_batch, compile_step, init_state
 
 
@@ -86,7 +87,7 @@ def pretrain(
     target = abstract_state(config, options.step, **spread)
     for each in (text, validation):
         if each is not None:
-            check_batch(target.params, options.batch_size, each.length + 1, options.step)
+            check_batch(target.params, options.batch_size, each.length, options.step)
     text.batch(options.seed, 0, options.batch_size)  # too small a text is an error before a folder is made
     about = {"config": config.to_dict(), "seed": options.seed, "stacked": options.stacked, "init": options.init_scheme}
     remember_run(folder, about)
@@ -104,10 +105,10 @@ def pretrain(
             since, tokens = time.perf_counter(), 0
             for step in range(first, last):
                 records = text.batch(options.seed, step, options.batch_size)
-                records = place_records(records, state.params)
+                batch = place_batch(as_batch(records), state.params, options.batch_size)
                 if update is None:
-                    update = compile_step(state, records, recipe, options.seed, options.step)
-                state, metrics = update(state, records)
+                    update = compile_step(state, batch, recipe, options.seed, options.step)
+                state, metrics = update(state, batch)
                 waiting.append(metrics)
                 tokens += options.batch_size * text.length
                 done = step + 1
@@ -119,7 +120,9 @@ def pretrain(
                     entry["tokens_per_second"] = tokens / (time.perf_counter() - since)
                     if validation is not None and (done == last or done % options.eval_every == 0):
                         size = options.batch_size // options.step.micro_batches
-                        found = evaluate(state.params, validation, size, options.eval_batches, options.step)
+                        batches = _in_order(validation, size, options.eval_batches)
+                        each = validation.bytes_per_token
+                        found = evaluate(state.params, batches, options.step, bytes_per_token=each)
                         entry |= {f"validation_{name}": value for name, value in found.items()}
                     log.write({"step": done, "length": text.length, "batch_size": options.batch_size} | entry)
                     waiting, since, tokens = [], time.perf_counter(), 0
@@ -129,6 +132,17 @@ def pretrain(
                     log.say(f"stopped after step {done}; the same command goes on from there")
                     break
     return state
+
+
+def as_batch(records: np.ndarray) -> dict[str, np.ndarray]:
+    """Records ``[B, T + 1]`` as a batch: T inputs and, one further on, T labels."""
+    return {"input_ids": records[:, :-1], "labels": records[:, 1:]}
+
+
+def _in_order(text: PackedText, size: int, most: int) -> Iterator[dict[str, np.ndarray]]:
+    size = min(size, text.records)
+    for i in range(min(most, text.records // size)):
+        yield as_batch(text.take(range(i * size, (i + 1) * size)))
 
 
 def _summary(metrics: list[dict]) -> dict[str, float]:
@@ -194,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})"
     )
     group.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="to compute in; weights stay float32 (float32)"
+        "--dtype", choices=COMPUTE_DTYPES, default="float32", help="to compute in; weights stay float32 (float32)"
     )
     group.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, taken one after another (1)")
     group.add_argument(

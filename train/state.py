@@ -16,19 +16,22 @@ from optjax.sharding.overlap import compile_overlapped
 
 from .adamw import Moments, init_moments, update
 from .backward import check_not_quantized, loss_and_gradients
-from .optimizer import Recipe, learning_rate
+from .batches import Batch, check_arrays
+from .guard import Guard, abstract_guard, after_step, init_guard
+from .optimizer import Recipe
 from .options import PLAIN, StepOptions
 from .placing import place, shardings
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "moments", "step"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "moments", "step", "guard"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A pytree: weights, the optimizer's moments, and the number of finished steps (int32 scalar)."""
+    """A pytree: weights, the optimizer's moments, the number of finished steps (int32 scalar), and the `Guard`."""
 
     params: Params
     moments: Moments
     step: jax.Array
+    guard: Guard
 
 
 def init_state(params: Params, options: StepOptions = PLAIN) -> TrainState:
@@ -41,8 +44,9 @@ def init_state(params: Params, options: StepOptions = PLAIN) -> TrainState:
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if dtypes != {"float32"}:
         raise ValueError(f"training keeps its weights in float32, these are {', '.join(sorted(dtypes))}")
-    step = jnp.zeros((), jnp.int32, device=None if params.placement is None else _everywhere(params))
-    return TrainState(params, init_moments(params, options), step)
+    sharding = None if params.placement is None else _everywhere(params)
+    step = jnp.zeros((), jnp.int32, device=sharding)
+    return TrainState(params, init_moments(params, options), step, init_guard(options, sharding))
 
 
 def abstract_state(
@@ -69,8 +73,9 @@ def abstract_state(
         )
 
     first, second = (like(options.moments_dtype, options.moments_memory) for _ in range(2))
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=_everywhere(params))
-    return TrainState(like("float32", "device"), Moments(first, second), step)
+    sharding = _everywhere(params)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+    return TrainState(like("float32", "device"), Moments(first, second), step, abstract_guard(sharding))
 
 
 def _everywhere(params: Params) -> Any:
@@ -82,52 +87,58 @@ def _everywhere(params: Params) -> Any:
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
 def train_step(
-    state: TrainState, records: jax.Array, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
+    state: TrainState, batch: Batch, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on records `[B, T + 1]`: T inputs and, one further on, T labels. The old state's buffers are given up
+    """One update on a batch (see `check_arrays`), by the loss of the params' head. The old state's buffers are given up
     to the new one.
 
     `seed` matters where the config has dropout: a step's masks are a function of seed and step, and of
-    `options.micro_batches`.
+    `options.micro_batches`. Where the loss or a gradient is not finite, weights and moments stay as they are, bit for
+    bit, and the step counts all the same.
 
     Returns:
-      The new state, and float32 scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping)
-      and `lr`.
+      The new state, and scalars: `loss` (nats per token, before the update), `grad_norm` (before clipping), `lr`,
+      `loss_scale` (of this step) in float32, and `skipped`, int32: 1 where the update was left out.
 
     Raises:
-      ValueError: the batch does not divide into micro-batches and over the devices, or records into their parts.
+      ValueError: the batch does not have what the head needs, or does not divide into micro-batches and over the
+        devices, or its rows into their parts.
     """
-    params = state.params
-    check_batch(params, records.shape[0], records.shape[1], options)
+    params, guard = state.params, state.guard
+    check_batch(params, *check_arrays(params, batch), options)
     config = params.config
     random = config.dropout > 0 or config.attention_dropout > 0 or config.layerdrop > 0
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
-    loss, gradients = loss_and_gradients(params, records, key, options)
-    params, moments, norm = update(recipe, params, place(gradients), state.moments, state.step, options)
-    metrics = {"loss": loss, "grad_norm": norm, "lr": learning_rate(recipe, state.step)}
-    return TrainState(params, moments, state.step + 1), metrics
+    loss_scale = guard.loss_scale if options.scales_loss else 1.0
+    loss, gradients = loss_and_gradients(params, batch, key, options, loss_scale)
+    params, moments, metrics = update(
+        recipe, params, place(gradients), state.moments, state.step, options, guard=guard, loss=loss
+    )
+    guard = after_step(guard, metrics["skipped"] == 0, options)
+    metrics |= {"loss": loss, "loss_scale": state.guard.loss_scale}
+    return TrainState(params, moments, state.step + 1, guard), metrics
 
 
 def compile_step(
-    state: TrainState, records: jax.Array, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
+    state: TrainState, batch: Batch, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
 ) -> jax.stages.Compiled:
-    """`train_step` compiled for arrays like these, with `optjax.sharding.overlap_options`: (state, records) → the same.
+    """`train_step` compiled for arrays like these, with `optjax.sharding.overlap_options`: (state, batch) → the same.
 
     Raises:
       ValueError: as `train_step`.
     """
     placement = state.params.placement
-    lowered = train_step.lower(state, records, recipe, seed, options)
+    lowered = train_step.lower(state, batch, recipe, seed, options)
     return compile_overlapped(lowered, None if placement is None else placement.mesh)
 
 
-def check_batch(params: Params, rows: int, tokens: int, options: StepOptions) -> None:
-    """Whether records ``[rows, tokens]`` can be shared out.
+def check_batch(params: Params, rows: int, length: int, options: StepOptions) -> None:
+    """Whether ids ``[rows, length]`` can be shared out.
 
     Raises:
       ValueError: they cannot; the message has the numbers.
     """
-    length, longest = tokens - 1, params.config.max_position_embeddings
+    longest = params.config.max_position_embeddings
     if not 1 <= length <= longest:
         raise ValueError(f"records of {length} tokens, but max_position_embeddings {longest}")
     parts = 1 if params.placement is None else params.placement.shards("batch")

@@ -27,12 +27,14 @@ class Flash:
       real: ``[B, T]`` bool, which of the tokens are no padding; None where all are (or where ``real_keys`` say).
       real_keys: ``[B, S]`` bool, the same of keys in a cache; None where the keys are those of the tokens.
       index: the column of the cache that the first token is in.
+      segments: ``[B, T]`` int32, in place of ``real``: tokens look at those of their own segment only.
     """
 
     placement: Placement | None
     real: jax.Array | None = None
     real_keys: jax.Array | None = None
     index: jax.Array | None = None
+    segments: jax.Array | None = None
 
     @property
     def own_keys(self) -> bool:
@@ -46,10 +48,11 @@ class Flash:
         one mask for queries and keys, padding looks at padding.
         """
         b, t, h, d = q.shape
+        groups = self.real if self.segments is None else self.segments
         if kernel_platform(self.placement) == "gpu":
-            out = _on_gpu(self.placement, q, k, v, self.real)
+            out = _on_gpu(self.placement, q, k, v, groups)
         elif self.own_keys:
-            out = _on_tpu(self.placement, q, k, v, self.real)
+            out = _on_tpu(self.placement, q, k, v, groups)
             if self.real is not None:
                 out = _where_none(jnp.cumsum(self.real, axis=1) == 0, v, out)
         else:
@@ -66,35 +69,35 @@ def _where_none(none: jax.Array, v: jax.Array, out: jax.Array) -> jax.Array:
     return jnp.where(none[:, :, None, None], mean, out)
 
 
-def _on_tpu(placement, q, k, v, real):
+def _on_tpu(placement, q, k, v, groups):
     from optjax.kernels import splash
 
     t = q.shape[1]
     block, padded = _blocks(t, (512, 256, 128))
 
-    def attend(q, k, v, *real):
-        mask = real[0] if real else None
+    def attend(q, k, v, *groups):
+        mask = groups[0] if groups else None
         return splash.attend(q, k, v, mask, block=block, interpret=interprets())
 
     arrays = [_pad(x, 2, padded) for x in (q.swapaxes(1, 2), k, v)]
-    out = on_each(placement, attend, arrays + _masks(real, padded), [_HEADS] * 3 + [("batch", None)], _HEADS)
+    out = on_each(placement, attend, arrays + _masks(groups, padded), [_HEADS] * 3 + [("batch", None)], _HEADS)
     return out[:, :, :t].swapaxes(1, 2)
 
 
-def _on_gpu(placement, q, k, v, real):
+def _on_gpu(placement, q, k, v, groups):
     from optjax.kernels import triton
 
     t = q.shape[1]
     # Of 4 bytes, or of more than 64 dimensions, less fits into a core's memory.
     block, padded = _blocks(t, (64, 32, 16))
 
-    def attend(q, k, v, *real):
-        mask = real[0] if real else None
+    def attend(q, k, v, *groups):
+        mask = groups[0] if groups else None
         return triton.attend(q, k, v, mask, block=block, interpret=interprets())
 
     axes = ("batch", None, "heads", None)
     arrays = [_pad(x, 1, padded) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2))]
-    out = on_each(placement, attend, arrays + _masks(real, padded), [axes] * 3 + [("batch", None)], axes)
+    out = on_each(placement, attend, arrays + _masks(groups, padded), [axes] * 3 + [("batch", None)], axes)
     return out[:, :t]
 
 
@@ -148,6 +151,6 @@ def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
     return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
 
-def _masks(real: Any | None, padded: int) -> list[jax.Array]:
+def _masks(groups: Any | None, padded: int) -> list[jax.Array]:
     """Padding to a block's end stands after all else, where causality alone hides it."""
-    return [] if real is None else [_pad(jnp.asarray(real), 1, padded)]
+    return [] if groups is None else [_pad(jnp.asarray(groups), 1, padded)]

@@ -23,7 +23,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array | None, *, 
 
     Args:
       q, k, v: ``[B, H, T, K]``, q scaled; ``block`` divides T.
-      real: ``[B, T]`` bool, the keys that are looked at. A query that sees none gets something finite.
+      real: ``[B, T]`` bool, the keys that are looked at; a query that sees none gets something finite. Or int32: a
+        query looks at the keys whose number is its own.
 
     Returns:
       ``[B, H, T, K]``.
@@ -42,7 +43,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array | None, *, 
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     if real is None:
         return jax.vmap(kernel)(q, k, v)
-    return jax.vmap(kernel)(q, k, v, _segments(t, real))
+    segments = _segments(t, real) if real.dtype == bool else splash.SegmentIds(real, real)
+    return jax.vmap(kernel)(q, k, v, segments)
 
 
 def attend_with_past(

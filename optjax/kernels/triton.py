@@ -12,7 +12,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array | None, *, 
 
     Args:
       q, k, v: ``[B, T, H, K]``, q scaled; ``block`` divides T.
-      real: ``[B, T]`` bool: real tokens look at real ones only, and padding at padding, so that no row is empty.
+      real: ``[B, T]`` bool: real tokens look at real ones only, and padding at padding, so that no row is empty. Or
+        int32: tokens look at those whose number is their own.
 
     Returns:
       ``[B, T, H, K]``.
