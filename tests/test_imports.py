@@ -119,7 +119,7 @@ def private_uses(text: str) -> list[str]:
     return [use for use in found if use != "optjax.__version__"]
 
 
-PUBLIC = ("optjax", "optjax.sharding", "optjax.sharding.plan", "optjax.train")
+PUBLIC = ("optjax", "optjax.sharding", "optjax.sharding.plan", "optjax.train", "optjax.train.data")
 
 
 # Attention alone is no public function, and is measured alone all the same.

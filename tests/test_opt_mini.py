@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import optjax
-from optjax.train import data
+from optjax.train.data import encode_documents
 from optjax.train.opt_mini import cleaning, corpus
 from optjax.train.opt_mini.evaluate import total_nats
 
@@ -82,7 +82,7 @@ def chapter(ours, shared_data):
     books = corpus.books(shared_data / "corpora.tar.xz")
     novel = next(content for name, content in books if corpus.split_of(name) == "heldout")
     tokenizer = ours[1]
-    packed, size = data.pack(cleaning.documents(novel)[:1], tokenizer.backend, tokenizer.eos_token_id)
+    packed, size = encode_documents(cleaning.documents(novel)[:1], tokenizer.backend, tokenizer.eos_token_id)
     return np.concatenate([[tokenizer.eos_token_id], packed]), size
 
 

@@ -51,11 +51,13 @@ def test_every_asset_is_packaged():
 
 @pytest.mark.parametrize("module", modules(), ids=lambda module: module.name)
 def test_every_dependency_is_declared(module: Module):
-    """optjax/ and sharding/ need the core alone, train/ the extra `train` as well, pictures of plans `plot`."""
+    """optjax/ and sharding/ need the core alone, train/ `train` as well and for some files `data`, pictures `plot`."""
     extras = PROJECT["project"]["optional-dependencies"]
     allowed = {requirement(line) for line in PROJECT["project"]["dependencies"]}
     if module.name.startswith("optjax.train"):
         allowed |= {requirement(line) for line in extras["train"]}
+    if module.name.startswith("optjax.train.data."):
+        allowed |= {requirement(line) for line in extras["data"]}
     if module.name == "optjax.sharding.plan.plot":
         allowed |= {requirement(line) for line in extras["plot"]}
     for found in imports(module.path.read_text(encoding="utf-8"), module.package):

@@ -16,12 +16,12 @@ import transformers
 from optjax import OPTConfig, init_params
 from optjax.params import stack_layers, unstack_layers
 from optjax.train.checkpoint import Checkpoints, load_run
-from optjax.train.data import PackedText, write_packed
+from optjax.train.data import open_text, text_batches, write_tokens
 from optjax.train.log import read_log
 from optjax.train.loss import evaluate, next_token_loss
 from optjax.train.optimizer import Recipe, decayed, learning_rate
 from optjax.train.options import PLAIN, StepOptions
-from optjax.train.pretrain import Options, as_batch, main, pretrain
+from optjax.train.pretrain import Options, main, pretrain
 from optjax.train.state import init_state, train_step
 
 CONFIG = OPTConfig(
@@ -37,10 +37,18 @@ ACCUMULATED = StepOptions(micro_batches=3, remat="full", query_block=4, loss_chu
 RECIPE = Recipe(peak_lr=1e-2, total_steps=8, warmup_steps=2, decay_from=4, clip_norm=0.5)
 
 
-def random_text(count: int = 1000, length: int = 12) -> PackedText:
-    # No <pad>: transformers gives its row no gradient, and no text holds it.
-    tokens = np.random.default_rng(0).integers(2, CONFIG.vocab_size, count).astype(np.uint16)
-    return PackedText(tokens, length, bytes_per_token=4.0)
+# No <pad>: transformers gives its row no gradient, and no text holds it.
+TOKENS = np.random.default_rng(0).integers(2, CONFIG.vocab_size, 4000)
+RECORDS = np.stack([TOKENS[i : i + 13] for i in range(0, 3900, 12)]).astype(np.int32)
+
+
+def as_batch(records: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": records[:, :-1], "labels": records[:, 1:]}
+
+
+def text_folder(folder: Path, count: int = 1000) -> Path:
+    write_tokens(folder, TOKENS[:count], vocab_size=CONFIG.vocab_size, bytes=4 * count)
+    return folder
 
 
 def torch_model(params) -> transformers.OPTForCausalLM:
@@ -76,10 +84,9 @@ def test_five_steps_equal_torch(stacked, levers):
     )
     expected_lr = [0.005, 0.01, 0.01, 0.01, 0.01 * (1 - 0.9 / 4)]
     state = init_state(stack_layers(params) if stacked else params)
-    text = random_text()
     clipped = 0
     for step, lr in enumerate(expected_lr):
-        records = text.batch(7, step, 6)
+        records = RECORDS[6 * step : 6 * step + 6]
         state, metrics = train_step(state, as_batch(records), RECIPE, options=levers)
         ids = torch.tensor(records, dtype=torch.long)
         logits = model(ids[:, :-1]).logits
@@ -139,33 +146,18 @@ def test_half_precision_weights_are_refused():
 def test_one_batch_can_be_learned_by_heart():
     recipe = Recipe(peak_lr=1e-2, total_steps=150, warmup_steps=5)
     state = init_state(init_params(CONFIG, jax.random.key(0)))
-    batch = as_batch(random_text().batch(0, 0, 4))
+    batch = as_batch(RECORDS[:4])
     first = float(next_token_loss(state.params, batch))
     for _ in range(150):
         state, metrics = train_step(state, batch, recipe)
     assert first > 3.9 and float(metrics["loss"]) < 0.2
 
 
-def test_batches_cover_an_epoch_once_and_depend_on_seed_and_step_alone():
-    text = random_text(count=12 * 22 + 1)
-    text = PackedText(np.arange(len(text.tokens), dtype=np.uint32), 12, 1.0)
-    epoch = [text.batch(5, step, 4) for step in range(5)]
-    starts = np.concatenate([b[:, 0] for b in epoch])
-    assert len(set(starts)) == 20 and all(starts % 12 == 0)
-    for batch in epoch:
-        assert (np.diff(batch, axis=1) == 1).all() and batch.shape == (4, 13)
-    assert (text.batch(5, 3, 4) == epoch[3]).all()
-    assert any((text.batch(5, step + 5, 4) != epoch[step]).any() for step in range(5))
-    assert (text.batch(6, 0, 4) != epoch[0]).any()
-    with pytest.raises(ValueError, match="smaller batch"):
-        text.batch(0, 0, 23)
-
-
-def test_evaluate_is_the_mean_over_records():
-    params, text = init_params(CONFIG, jax.random.key(1)), random_text()
-    batches = (as_batch(text.take(range(i, i + 8))) for i in (0, 8, 16))
-    found = evaluate(params, batches, bytes_per_token=4.0)
-    each = [float(next_token_loss(params, as_batch(text.take([i])))) for i in range(24)]
+def test_evaluate_is_the_mean_over_records(tmp_path):
+    params = init_params(CONFIG, jax.random.key(1))
+    batches = text_batches(text_folder(tmp_path), 12, 8, 3)
+    found = evaluate(params, batches, bytes_per_token=batches.bytes_per_token)
+    each = [float(next_token_loss(params, as_batch(RECORDS[i : i + 1]))) for i in range(24)]
     assert found["loss"] == pytest.approx(np.mean(each), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2) / 4.0)
 
@@ -175,7 +167,10 @@ DROPOUT = CONFIG.replace(dropout=0.2)
 
 def run(folder, options=None, config=DROPOUT, seed=0, **changes):
     options = Options(**({"batch_size": 4, "save_every": 3, "log_every": 1, "seed": seed} | (options or {}) | changes))
-    return pretrain(config, RECIPE, options, random_text(), folder, random_text(200), quiet=True)
+    size = {"length": 12, "batch_size": options.batch_size, "vocab_size": config.vocab_size}
+    validation = text_batches(text_folder(folder.with_name("validation"), 200), 12, 4)
+    with open_text(text_folder(folder.with_name("text")), seed=options.seed, **size) as text:
+        return pretrain(config, RECIPE, options, text, folder, validation, quiet=True)
 
 
 def test_resuming_continues_bit_for_bit(tmp_path):
@@ -229,9 +224,8 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
 
 
 def packed(folder: Path) -> Path:
-    write_packed(folder / "text.npy", random_text(4000).tokens, 16000, CONFIG.vocab_size)
     (folder / "config.json").write_text(CONFIG.to_json())
-    return folder / "text.npy"
+    return text_folder(folder / "text", 4000)
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -266,7 +260,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--data", "nowhere.npy"], "optjax.train.pack writes it"),
+        (["--data", "nowhere"], "optjax.train.pack writes it"),
         (["--length", "13"], "max_position_embeddings 12"),
         (["--config", "opt-9b"], "no preset"),
         (["--steps", "0"], "warmup_steps"),

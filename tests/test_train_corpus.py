@@ -138,20 +138,20 @@ def test_packing_strips_documents_and_ends_each(tokenizer_folder, tmp_path, caps
     texts = ["  It was.\n", "", " \n ", "Zebras\nquiver."]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     pack.main(["--documents", str(tmp_path / "d.jsonl"), "--tokenizer", str(tokenizer_folder),
-               "--out", str(tmp_path / "d.npy")])  # fmt: skip
-    text = PackedText.open(tmp_path / "d.npy", 4, 300)
+               "--out", str(tmp_path / "packed"), "--quiet"])  # fmt: skip
+    text = PackedText(tmp_path / "packed", 4, 300)
     plain = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     parts = [plain.encode(t.strip(), add_special_tokens=False).ids + [2] for t in texts if t.strip()]
-    assert text.tokens.tolist() == sum(parts, []) and text.tokens.dtype == np.uint16
-    assert text.bytes_per_token == pytest.approx((len("It was.") + len("Zebras\nquiver.")) / len(text.tokens))
+    assert text.read(0, text.tokens).tolist() == sum(parts, [])
+    assert text.bytes_per_token == pytest.approx((len("It was.") + len("Zebras\nquiver.")) / text.tokens)
     with pytest.raises(ValueError, match="300 entries"):
-        PackedText.open(tmp_path / "d.npy", 4, 299)
+        PackedText(tmp_path / "packed", 4, 299)
     with pytest.raises(ValueError, match="one record"):
-        PackedText.open(tmp_path / "d.npy", 4000, 300)
+        PackedText(tmp_path / "packed", 4000, 300)
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\nnot json\n')
     with pytest.raises(SystemExit):
         pack.main(["--documents", str(tmp_path / "d.jsonl"), "--tokenizer", str(tokenizer_folder),
-                   "--out", str(tmp_path / "d.npy")])  # fmt: skip
+                   "--out", str(tmp_path / "other"), "--quiet"])  # fmt: skip
     assert "line 2" in capsys.readouterr().err
 
 

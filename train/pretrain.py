@@ -1,11 +1,11 @@
 """Pretrains an OPT model on packed text.
 
-  python -m optjax.train.pack --documents train.jsonl --tokenizer folder --out train.npy
-  python -m optjax.train.pretrain --config config.json --data train.npy --run runs/first --steps 2000
+  python -m optjax.train.pack --documents train.jsonl --tokenizer folder --out packed/train
+  python -m optjax.train.pretrain --config config.json --data packed/train --run runs/first --steps 2000
 
 Over many devices, the same command started on every host:
 
-  python -m optjax.train.pretrain --config opt-175b --data train.npy --run /shared/run --steps 143000 --stacked \\
+  python -m optjax.train.pretrain --config opt-175b --data packed/train --run /shared/run --steps 143000 --stacked \\
     --batch-size 1024 --micro-batches 32 --mesh fsdp=32,tensor=8 --dtype bfloat16 --remat full
 
 Run the same command again to go on where it stopped: after a crash from the last checkpoint, after ctrl-c or SIGTERM
@@ -20,7 +20,6 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,12 @@ from optjax.sharding import RULES, initialize, make_mesh
 from optjax.sharding.rules import DEFAULT_RULES
 
 from .checkpoint import Checkpoints, remember_run
-from .data import PackedText
+from .data import TextBatches, TextLoader, open_text, text_batches
 from .log import Log
 from .loss import evaluate
 from .optimizer import Recipe
 from .options import COMPUTE_DTYPES, DTYPES, MEMORIES, PLAIN, REMAT, StepOptions
-from .placing import place_batch
+from .placing import place_batch, rows
 from .state import TrainState, abstract_state, check_batch, compile_step, init_state
 
 
@@ -69,9 +68,9 @@ def pretrain(
     config: OPTConfig,
     recipe: Recipe,
     options: Options,
-    text: PackedText,
+    text: TextLoader,
     folder: str | Path,
-    validation: PackedText | None = None,
+    validation: TextBatches | None = None,
     quiet: bool = False,
 ) -> TrainState:
     """Trains until `recipe.total_steps` (or `options.stop_at`), from the newest checkpoint in `folder` if it has one.
@@ -85,10 +84,8 @@ def pretrain(
     mesh = None if options.mesh is None else make_mesh(options.mesh)
     spread: dict[str, Any] = {"stacked": options.stacked, "mesh": mesh, "rules": options.rules}
     target = abstract_state(config, options.step, **spread)
-    for each in (text, validation):
-        if each is not None:
-            check_batch(target.params, options.batch_size, each.length, options.step)
-    text.batch(options.seed, 0, options.batch_size)  # too small a text is an error before a folder is made
+    check_batch(target.params, options.batch_size, text.length, options.step)
+    text.rows = rows(target.params, options.batch_size)
     about = {"config": config.to_dict(), "seed": options.seed, "stacked": options.stacked, "init": options.init_scheme}
     remember_run(folder, about)
     last = recipe.total_steps if options.stop_at is None else min(options.stop_at, recipe.total_steps)
@@ -99,13 +96,13 @@ def pretrain(
         else:
             state = checkpoints.restore(target)
         first = int(state.step)
+        text.set_state(text.get_state() | {"drawn": first * options.batch_size})
         with Log(folder, first, last, quiet) as log, _Interrupt() as interrupt:
             waiting: list[dict] = []
             update = None
             since, tokens = time.perf_counter(), 0
             for step in range(first, last):
-                records = text.batch(options.seed, step, options.batch_size)
-                batch = place_batch(as_batch(records), state.params, options.batch_size)
+                batch = place_batch(next(text), state.params, options.batch_size)
                 if update is None:
                     update = compile_step(state, batch, recipe, options.seed, options.step)
                 state, metrics = update(state, batch)
@@ -119,10 +116,14 @@ def pretrain(
                     entry = _summary(jax.device_get(waiting)) | {"tokens_per_second": 0.0}
                     entry["tokens_per_second"] = tokens / (time.perf_counter() - since)
                     if validation is not None and (done == last or done % options.eval_every == 0):
-                        size = options.batch_size // options.step.micro_batches
-                        batches = _in_order(validation, size, options.eval_batches)
-                        each = validation.bytes_per_token
-                        found = evaluate(state.params, batches, options.step, bytes_per_token=each)
+                        batches = dataclasses.replace(validation, rows=rows(state.params, validation.batch_size))
+                        found = evaluate(
+                            state.params,
+                            batches,
+                            options.step,
+                            batch_size=validation.batch_size,
+                            bytes_per_token=validation.bytes_per_token,
+                        )
                         entry |= {f"validation_{name}": value for name, value in found.items()}
                     log.write({"step": done, "length": text.length, "batch_size": options.batch_size} | entry)
                     waiting, since, tokens = [], time.perf_counter(), 0
@@ -132,17 +133,6 @@ def pretrain(
                     log.say(f"stopped after step {done}; the same command goes on from there")
                     break
     return state
-
-
-def as_batch(records: np.ndarray) -> dict[str, np.ndarray]:
-    """Records ``[B, T + 1]`` as a batch: T inputs and, one further on, T labels."""
-    return {"input_ids": records[:, :-1], "labels": records[:, 1:]}
-
-
-def _in_order(text: PackedText, size: int, most: int) -> Iterator[dict[str, np.ndarray]]:
-    size = min(size, text.records)
-    for i in range(min(most, text.records // size)):
-        yield as_batch(text.take(range(i * size, (i + 1) * size)))
 
 
 def _summary(metrics: list[dict]) -> dict[str, float]:
@@ -191,10 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("what is trained, on what")
     group.add_argument("--config", required=True, metavar="FILE", help="config.json, or a preset such as opt-125m")
-    group.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npy of optjax.train.pack")
-    group.add_argument(
-        "--validation", type=Path, metavar="FILE", help="another .npy, measured every --eval-every steps"
-    )
+    group.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="text of optjax.train.pack")
+    group.add_argument("--validation", type=Path, metavar="FOLDER", help="another, measured every --eval-every steps")
     group.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="checkpoints and log.jsonl go here")
     group.add_argument("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout (0)")
     group.add_argument("--init", choices=["hf", "paper"], default="paper", help="initialization scheme (paper)")
@@ -297,8 +285,12 @@ def main(argv: list[str] | None = None) -> None:
             log_every=args.log_every,
         )
         length = args.length or config.max_position_embeddings
-        text = PackedText.open(args.data, length, config.vocab_size)
-        validation = args.validation and PackedText.open(args.validation, length, config.vocab_size)
+        vocab_size, batch_size = config.vocab_size, args.batch_size
+        text = open_text(args.data, length=length, batch_size=batch_size, seed=args.seed, vocab_size=vocab_size)
+        size = max(1, batch_size // args.micro_batches)
+        validation = args.validation and text_batches(
+            args.validation, length, size, args.eval_batches, vocab_size=vocab_size
+        )
         state = pretrain(config, recipe, options, text, args.run, validation, args.quiet)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -19,7 +19,7 @@ import numpy as np
 from optjax.heads import causal_lm
 from optjax.params import Params
 
-from .. import data
+from ..data import encode_documents
 from .corpus import read_documents, whole_text
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         texts = read_documents(args.documents)
         eos = tokenizer.eos_token_id
-        packed, _ = data.pack(texts, tokenizer.backend, eos)
+        packed, _ = encode_documents(texts, tokenizer.backend, eos)
         tokens = np.concatenate([[eos], packed])
         nats = total_nats(params, tokens, args.stride, show=True)
     except (ValueError, FileNotFoundError) as error:
