@@ -1,64 +1,234 @@
-"""Checkpoints of a training run: weights, optimizer and step, written by orbax.
+"""Checkpoints of a training run, written by orbax while the run goes on.
 
-A run's folder holds `checkpoints/<step>/`, and `run.json`, which says what was trained so that a resumed run cannot be
-mistaken for another.
+A run's folder holds `checkpoints/<step>/`, each with the state, the place in the data and what the loop has to
+remember; `best/`, the one whose validation figure was best, if one is asked for; and `run.json`, which says what was
+trained so that a resumed run cannot be mistaken for another. A checkpoint counts when it is complete, or not at all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from optjax.config import OPTConfig
 from optjax.params import Params, unstack_layers
 
-from .state import TrainState, abstract_state
+from .state import abstract_state
+
+SIZES = "sizes.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint: the state, the loader's (`Loader.set_state`), and the loop's."""
+
+    state: Any
+    loader: dict[str, Any]
+    loop: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one run; the latest `keep` stay. Use as a context manager: leaving it closes them."""
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last one and closes them.
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    The newest `keep` whose step is a multiple of `every` stay, and the newest of all: where a run was stopped by hand,
+    which changes nothing of what it goes back to later.
+    """
+
+    def __init__(
+        self, folder: str | Path, keep: int = 2, every: int = 1, say: Callable[[str], None] = print, name: str = ""
+    ):
         self.folder = Path(folder).absolute()
-        # Written before `save` returns: the next step gives the state's buffers away.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+        self._path = self.folder / (name or "checkpoints")
+        self.say = say
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            cleanup_tmp_directories=True,
+            preservation_policy=_Regular(keep, every),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name or None),
+        )
+        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._unsized: int | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Those of the finished checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     @property
     def latest(self) -> int | None:
         """The step of the newest finished checkpoint."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
-    def save(self, state: TrainState) -> None:
-        """Saves a state under its step; a step that is there already is left as it is."""
+    def save(self, state: Any, loader: dict[str, Any] | None = None, loop: dict[str, Any] | None = None) -> None:
+        """Begins to save a state under its step, and returns as soon as the state's buffers may be given away; a step
+        that is there already is left as it is.
+
+        Raises:
+          OSError, ValueError: this save, or the one before it, did not get through; what was saved earlier is intact.
+        """
         step = int(state.step)
-        if step != self.latest:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            loader=ocp.args.JsonSave(loader or {}),
+            loop=ocp.args.JsonSave(loop or {}),
+        )
+        self._manager.save(step, args=args, force=True)
+        self._unsized = step
 
-    def restore(self, target: TrainState) -> TrainState:
-        """The newest state, each array made where the target's shardings say.
+    def replace(self, state: Any, loader: dict[str, Any], loop: dict[str, Any]) -> None:
+        """`save`, in place of a checkpoint of that step if there is one."""
+        if int(state.step) in self._manager.all_steps():
+            self._manager.delete(int(state.step))
+        self.save(state, loader, loop)
+
+    def wait(self) -> bool:
+        """Until the checkpoint being saved is complete; whether there was one. Raises as `save`."""
+        saving, self._unsized = self._unsized, None
+        self._manager.wait_until_finished()
+        if saving is not None:
+            _write_sizes(self._path / str(saving))
+        return saving is not None
+
+    def restore(self, target: Any) -> Any:
+        """The newest state, each array made where the target's shardings say; see `resume`."""
+        return self.resume(target).state
+
+    def resume(self, target: Any, steps: Sequence[int] | None = None) -> Restored:
+        """The newest checkpoint that can be read (of those of some steps). Newer, damaged ones are reported, and moved
+        to the run's folder `damaged`.
 
         Args:
-          target: of `abstract_state`; its mesh, rules and dtypes need not be those that the state was saved with.
+          target: the state as `jax.ShapeDtypeStruct` with shardings; its mesh, rules and number of processes need not
+            be those that the state was saved with.
 
         Raises:
           FileNotFoundError: there is no checkpoint.
+          ValueError: none can be read.
         """
-        if self.latest is None:
-            raise FileNotFoundError(f"no checkpoint in {self.folder / 'checkpoints'}")
-        restored: Any = self._manager.restore(self.latest, args=ocp.args.StandardRestore(target))
-        return restored
+        candidates = self.steps if steps is None else [step for step in self.steps if step in set(steps)]
+        if not candidates:
+            raise FileNotFoundError(f"no checkpoint in {self._path}")
+        reasons = {}
+        for step in reversed(candidates):
+            reason, restored = self._read(step, target)
+            if restored is not None:
+                for damaged, why in reasons.items():
+                    self.say(f"the checkpoint of step {damaged} is damaged ({why}); going on from step {step}")
+                    self._set_aside(damaged)
+                return restored
+            reasons[step] = reason
+        listed = "; ".join(f"step {step}: {why}" for step, why in reasons.items())
+        raise ValueError(f"no checkpoint in {self._path} can be read: {listed}")
+
+    def remove(self, step: int) -> None:
+        """Removes the checkpoint of a step."""
+        self._manager.delete(step)
+
+    def _read(self, step: int, target: Any) -> tuple[str, Restored | None]:
+        wrong = _compare_sizes(self._path / str(step))
+        if wrong:
+            return wrong, None
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore(), loop=ocp.args.JsonRestore()
+        )
+        found: Any = None
+        wrong = ""
+        try:
+            found = self._manager.restore(step, args=args)
+        except Exception as error:  # orbax and tensorstore raise all kinds; which of them does not matter
+            wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(not wrong)).all():
+            return wrong or "another process cannot read it", None
+        return wrong, found and Restored(found["state"], found["loader"], found["loop"])
+
+    def _set_aside(self, step: int) -> None:
+        _together(f"checkpoint {step} is damaged")
+        if jax.process_index() == 0:
+            target = self.folder / "damaged" / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            (self._path / str(step)).rename(target)
+        _together(f"checkpoint {step} is set aside")
+        self._manager.reload()
+
+
+class _Regular:
+    """Which checkpoints stay: the newest `keep` of those at multiples of `every`, and the newest."""
+
+    def __init__(self, keep: int, every: int):
+        self.keep, self.every = keep, every
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [each.step for each in checkpoints]
+        regular = sorted(step for step in steps if step % self.every == 0)
+        kept = {*regular[-self.keep :], max(steps, default=0)}
+        return [step in kept for step in steps]
+
+
+def _write_sizes(folder: Path) -> None:
+    """Notes the size of every file of a finished checkpoint, so that one that is cut short or missing is seen."""
+    if jax.process_index() == 0 and folder.is_dir():
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        partial = folder / (SIZES + ".partial")
+        partial.write_text(json.dumps(sizes))
+        partial.rename(folder / SIZES)
+
+
+def _compare_sizes(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, as the first process sees them; empty if nothing is. One that was
+    finished a moment before its run was killed has no list of sizes, and is taken as it is."""
+    wrong = ""
+    if jax.process_index() == 0 and (folder / SIZES).is_file():
+        try:
+            sizes = json.loads((folder / SIZES).read_text())
+        except ValueError:
+            sizes = {}
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                wrong = f"{name} is missing"
+            elif path.stat().st_size != size:
+                wrong = f"{name} has {path.stat().st_size} bytes of {size}"
+            if wrong:
+                break
+    if jax.process_count() > 1:
+        text = np.frombuffer(wrong.encode()[:200].ljust(200), np.uint8)
+        wrong = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).decode(errors="ignore").strip()
+    return wrong
+
+
+def _together(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def restore_best(folder: str | Path, target: Any) -> Restored | None:
+    """The checkpoint whose validation figure was best; its figures are in `loop`. None: no figure was asked for yet."""
+    if not (Path(folder) / "best").is_dir():
+        return None
+    with Checkpoints(folder, keep=1, name="best") as best:
+        return best.resume(target) if best.steps else None
 
 
 def remember_run(folder: str | Path, about: dict[str, Any]) -> None:
@@ -76,11 +246,12 @@ def remember_run(folder: str | Path, about: dict[str, Any]) -> None:
             changes = "; ".join(f"{k} was {before.get(k)!r}, is {about.get(k)!r}" for k in differ)
             raise ValueError(f"{folder} holds another run ({changes}); take another folder, or the same options")
         return
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all have looked for run.json")
+    _together("all have looked for run.json")
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(about, indent=2) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(about, indent=2) + "\n")
+        partial.rename(path)
 
 
 def load_run(folder: str | Path) -> Params:
