@@ -62,6 +62,8 @@ def test_every_dependency_is_declared(module: Module):
         "optjax.train.tracking": ["tensorboard", "wandb"],
     }
     more |= dict.fromkeys([module.name] if module.name.startswith("optjax.train.data.") else [], ["data"])
+    for extra in more.get(module.name, []):
+        allowed |= {requirement(line) for line in extras[extra]}
     for found in imports(module.path.read_text(encoding="utf-8"), module.package):
         assert not is_third_party(found.top) or found.top in allowed, (
             f"{module.path.relative_to(REPOSITORY)}:{found.line} imports {found.top}; declare it in pyproject.toml"

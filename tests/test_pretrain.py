@@ -1,5 +1,6 @@
 """Pretraining: against torch's AdamW on transformers' model, and against itself interrupted."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -18,10 +19,12 @@ from optjax.params import stack_layers, unstack_layers
 from optjax.train.checkpoint import Checkpoints, load_run
 from optjax.train.data import open_text, text_batches, write_tokens
 from optjax.train.log import read_log
+from optjax.train.loop import LoopOptions
 from optjax.train.loss import evaluate, next_token_loss
 from optjax.train.optimizer import Recipe, decayed, learning_rate
 from optjax.train.options import PLAIN, StepOptions
-from optjax.train.pretrain import Options, main, pretrain
+from optjax.train.pretrain import STOPPED, main
+from optjax.train.pretraining import Options, pretrain
 from optjax.train.state import init_state, train_step
 
 CONFIG = OPTConfig(
@@ -165,12 +168,16 @@ def test_evaluate_is_the_mean_over_records(tmp_path):
 DROPOUT = CONFIG.replace(dropout=0.2)
 
 
-def run(folder, options=None, config=DROPOUT, seed=0, **changes):
-    options = Options(**({"batch_size": 4, "save_every": 3, "log_every": 1, "seed": seed} | (options or {}) | changes))
-    size = {"length": 12, "batch_size": options.batch_size, "vocab_size": config.vocab_size}
-    validation = text_batches(text_folder(folder.with_name("validation"), 200), 12, 4)
-    with open_text(text_folder(folder.with_name("text")), seed=options.seed, **size) as text:
-        return pretrain(config, RECIPE, options, text, folder, validation, quiet=True)
+LOOP = [field.name for field in dataclasses.fields(LoopOptions)]
+
+
+def run(folder, config=DROPOUT, **changes):
+    loop = {"total_steps": RECIPE.total_steps, "save_every": 3, "log_every": 1, "tensorboard": False, "quiet": True}
+    loop |= {name: changes.pop(name) for name in LOOP if name in changes}
+    options = Options(**({"batch_size": 4, "length": 12} | changes))
+    validation = text_folder(folder.with_name("validation"), 200)
+    text = text_folder(folder.with_name("text"))
+    return pretrain(config, RECIPE, options, text, folder, LoopOptions(**loop), validation=validation)
 
 
 def test_resuming_continues_bit_for_bit(tmp_path):
@@ -187,7 +194,8 @@ def test_resuming_continues_bit_for_bit(tmp_path):
     assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == list(range(1, 9))
     with Checkpoints(tmp_path / "parts") as checkpoints:
         assert checkpoints.latest == 8
-    assert len(list((tmp_path / "whole" / "checkpoints").glob("[0-9]*"))) == 2
+    kept = {path.name for path in (tmp_path / "whole" / "checkpoints").glob("[0-9]*")}
+    assert kept == {"3", "6", "8"}  # two that were due, and the last
     loaded = load_run(tmp_path / "parts")
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -230,7 +238,7 @@ def packed(folder: Path) -> Path:
 
 def command(folder: Path, *more: str) -> list[str]:
     return ["--config", str(folder / "config.json"), "--data", str(packed(folder)), "--run", str(folder / "run"),
-            "--batch-size", "4", "--warmup", "1", "--lr", "1e-3", "--log-every", "1", *more]  # fmt: skip
+            "--batch-size", "8", "--warmup", "1", "--lr", "1e-3", "--log-every", "1", *more]  # fmt: skip
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
@@ -248,25 +256,28 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 0 and "stopped after step" in said, said
+    assert process.returncode == STOPPED and "stopped after step" in said, said
     steps = [entry["step"] for entry in read_log(tmp_path / "run")]
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.latest == steps[-1]
     target = steps[-1] + 2
-    main(command(tmp_path, "--steps", str(target), "--quiet"))
+    assert main(command(tmp_path, "--steps", str(target), "--quiet")) == 0
     assert [entry["step"] for entry in read_log(tmp_path / "run")] == list(range(1, target + 1))
 
 
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--data", "nowhere"], "optjax.train.pack writes it"),
-        (["--length", "13"], "max_position_embeddings 12"),
+        (["--data", "nowhere", "--tokenizer", "opt-mini"], "nowhere"),
+        (["--length", "13"], "the model's 12 positions"),
         (["--config", "opt-9b"], "no preset"),
         (["--steps", "0"], "warmup_steps"),
         (["--mesh", "fsdp=3"], "there are 8"),
         (["--mesh", "fsdp=8", "--micro-batches", "2"], "multiple of 16"),
-        (["--rules", "data"], "mesh"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--tokens", "1e6"], "--steps or --tokens, not both"),
+        (["--data", "text=-1"], "weight should be above 0"),
+        (["--dtype", "float8"], "invalid choice"),
         (["--micro-batches", "3"], "3 micro-batches"),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_file_gives_flags_and_the_command_line_beats_it(file):
 
 def test_what_was_resolved_is_taken_again(file, tmp_path):
     first = settings.parse(parser(), ["--settings", str(file), "--betas", "0.8", "0.99"])
-    settings.write(first, tmp_path / "run")
+    settings.write(settings.resolved(first), tmp_path / "run")
     again = settings.parse(parser(), ["--settings", str(tmp_path / "run")])
     assert settings.resolved(again) == settings.resolved(first)
     assert settings.resolved(again)["betas"] == [0.8, 0.99] and again.stacked is True

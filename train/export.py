@@ -8,7 +8,6 @@ takes the newest checkpoint; the run may still be going on.
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import jax
@@ -16,27 +15,21 @@ import jax.numpy as jnp
 
 from optjax import save_params, unstack_layers
 from optjax.params import Params
+from optjax.tokenizer import Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
-
-def export(params: Params, folder: str | Path, dtype: str = "float32", tokenizer: str | Path | None = None) -> None:
-    """Writes params in a dtype, and copies the tokenizer's files along.
+def export(params: Params, folder: str | Path, dtype: str = "float32", tokenizer: Tokenizer | None = None) -> None:
+    """Writes params in a dtype, layers in a list, and the tokenizer along.
 
     Raises:
       ValueError: a weight is too large for the dtype.
-      FileNotFoundError: the tokenizer's folder has no tokenizer in it.
     """
-    files = [] if tokenizer is None else [f for f in TOKENIZER_FILES if (Path(tokenizer) / f).is_file()]
-    if tokenizer is not None and not {"tokenizer.json", "vocab.json"} & set(files):
-        raise FileNotFoundError(f"no tokenizer.json and no vocab.json in {tokenizer}")
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), unstack_layers(params))
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(cast)):
         raise ValueError(f"some weights are not finite in {dtype}; export in float32 or bfloat16")
     save_params(cast, folder)
-    for file in files:
-        if (Path(tokenizer or "") / file).resolve() != (Path(folder) / file).resolve():
-            shutil.copyfile(Path(tokenizer or "") / file, Path(folder) / file)
+    if tokenizer is not None and jax.process_index() == 0:
+        tokenizer.save(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,10 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="of optjax.train.pretrain")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made if need be")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer files to copy along")
+    parser.add_argument("--tokenizer", metavar="SOURCE", help="to write along: folder, hub id or opt-mini")
     args = parser.parse_args(argv)
     try:
-        export(load_run(args.run), args.out, args.dtype, args.tokenizer)
+        tokenizer = None if args.tokenizer is None else Tokenizer.load(args.tokenizer)
+        export(load_run(args.run), args.out, args.dtype, tokenizer)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"wrote {args.out}")

@@ -1,176 +1,209 @@
-"""Pretrains an OPT model on packed text.
+"""Pretrains an OPT model: from text to a finished run, on one device or many, that nothing kills.
 
-  python -m optjax.train.pack --documents train.jsonl --tokenizer folder --out packed/train
-  python -m optjax.train.pretrain --config config.json --data packed/train --run runs/first --steps 2000
+  python -m optjax.train.pretrain --preset opt-125m --data corpus.jsonl
 
-Over many devices, the same command started on every host:
+is the paper's recipe on the devices at hand. Text is packed first (python -m optjax.train.pack does that alone, once
+for many runs). Every setting can be given, on the command line or in a file (--settings run.toml):
 
-  python -m optjax.train.pretrain --config opt-175b --data packed/train --run /shared/run --steps 143000 --stacked \\
-    --batch-size 1024 --micro-batches 32 --mesh fsdp=32,tensor=8 --dtype bfloat16 --remat full
+  python -m optjax.train.pretrain --config config.json --data packed --run runs/first --steps 2000 --lr 1e-3
+
+Over many hosts, the same command on each (train/launchers has scripts that start it):
+
+  python -m optjax.train.pretrain --preset opt-175b --data web=0.8 books=0.2 --run /shared/run
 
 Run the same command again to go on where it stopped: after a crash from the last checkpoint, after ctrl-c or SIGTERM
 from the very step. A run that stopped and went on ends in the same bits as one that did not. It may go on over another
-mesh.
+mesh and other processes.
+
+Exit status: 0 when the run is finished, 75 when it was told to stop and has saved, 2 when the command is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
+import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from optjax.config import OPTConfig
 from optjax.kernels.choice import IMPLEMENTATIONS
-from optjax.params import init_params
-from optjax.sharding import RULES, initialize, make_mesh
+from optjax.sharding import RULES, initialize
 from optjax.sharding.rules import DEFAULT_RULES
 
-from .checkpoint import Checkpoints, remember_run
-from .data import TextBatches, TextLoader, open_text, text_batches
-from .log import Log
-from .loss import evaluate
+from . import settings
+from .divergence import Diverged, Spikes
+from .fit import fit
+from .loop import LoopOptions
 from .optimizer import Recipe
-from .options import COMPUTE_DTYPES, DTYPES, MEMORIES, PLAIN, REMAT, StepOptions
-from .placing import place_batch, rows
-from .state import TrainState, abstract_state, check_batch, compile_step, init_state
+from .options import COMPUTE_DTYPES, DTYPES, MEMORIES, REMAT, StepOptions
+from .pretraining import Options, pretrain
+from .recipes import RECIPES, recipe_for
+from .sources import packed, tokenizer_of
+
+STOPPED = 75
+PROMPTS = ("The old house stood at the end of the road, and", "In the beginning")
+# Of a run without a preset.
+DEFAULTS: dict[str, Any] = {
+    "batch_size": 16,
+    "lr": 6e-4,
+    "final_fraction": 0.1,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "init": "paper",
+    "dtype": "float32",
+    "remat": "none",
+    "stacked": False,
+}
+WARMUP = 2000
+# At most so much of a run is warm-up where none is asked for: for short runs.
+WARMUP_FRACTION = 0.1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """A run, apart from its model and its recipe. Steps count from the start of the run, over all resumes.
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    args = settings.parse(parser, argv)
+    try:
+        initialize()
+        resolve(args)
+        config = _config(args)
+        recipe = _recipe(args)
+        options = _options(args, config)
+        loop = _loop(args, recipe)
+        text = packed(args.data, args.tokenizer, args.run / "text", text_field=args.text_field, quiet=args.quiet)
+        tokenizer = tokenizer_of(text, args.tokenizer)
+        validation = _validation(args)
+        more = {"validation": validation, "tokenizer": tokenizer, "prompts": args.prompts}
+        state = pretrain(config, recipe, options, text, args.run, loop, settings=settings.resolved(args), **more)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (Diverged, OSError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    if int(state.step) < loop.last:
+        return STOPPED
+    if args.export is not None and loop.last == recipe.total_steps:
+        from .export import export
 
-    Without a mesh (`optjax.sharding.parse_mesh`) it takes one device.
-    """
-
-    batch_size: int
-    seed: int = 0
-    stacked: bool = False
-    mesh: str | None = None
-    rules: str | None = None
-    step: StepOptions = PLAIN
-    init_scheme: str = "paper"
-    stop_at: int | None = None
-    save_every: int = 200
-    eval_every: int = 200
-    eval_batches: int = 16
-    log_every: int = 10
+        export(state.params, args.export, args.export_dtype, tokenizer)
+        if jax.process_index() == 0:
+            print(f"wrote {args.export}", file=sys.stderr)
+    return 0
 
 
-def pretrain(
-    config: OPTConfig,
-    recipe: Recipe,
-    options: Options,
-    text: TextLoader,
-    folder: str | Path,
-    validation: TextBatches | None = None,
-    quiet: bool = False,
-) -> TrainState:
-    """Trains until `recipe.total_steps` (or `options.stop_at`), from the newest checkpoint in `folder` if it has one.
+def _validation(args: argparse.Namespace) -> Path | None:
+    if args.validation is None:
+        return None
+    how = {"text_field": args.text_field, "quiet": args.quiet}
+    [(path, _)] = packed([args.validation], args.tokenizer, args.run / "text", **how)
+    return path
 
-    SIGTERM and SIGINT end it early, with a checkpoint.
+
+def resolve(args: argparse.Namespace) -> None:
+    """Fills in, in place, what a flag or the settings file leave open: from the preset, else from `DEFAULTS`.
+
+    What depends on the devices at hand (mesh, micro-batches) stays open: see `optjax.train.fit`.
 
     Raises:
-      ValueError: the folder holds another run, records are longer than the model's positions, or something does not
-        divide over the mesh.
+      ValueError: no model, or no end of the run, or two.
     """
-    mesh = None if options.mesh is None else make_mesh(options.mesh)
-    spread: dict[str, Any] = {"stacked": options.stacked, "mesh": mesh, "rules": options.rules}
-    target = abstract_state(config, options.step, **spread)
-    check_batch(target.params, options.batch_size, text.length, options.step)
-    text.rows = rows(target.params, options.batch_size)
-    about = {"config": config.to_dict(), "seed": options.seed, "stacked": options.stacked, "init": options.init_scheme}
-    remember_run(folder, about)
-    last = recipe.total_steps if options.stop_at is None else min(options.stop_at, recipe.total_steps)
-    with Checkpoints(folder) as checkpoints:
-        if checkpoints.latest is None:
-            key = jax.random.key(options.seed)
-            state = init_state(init_params(config, key, scheme=options.init_scheme, **spread), options.step)
-        else:
-            state = checkpoints.restore(target)
-        first = int(state.step)
-        text.set_state(text.get_state() | {"drawn": first * options.batch_size})
-        with Log(folder, first, last, quiet) as log, _Interrupt() as interrupt:
-            waiting: list[dict] = []
-            update = None
-            since, tokens = time.perf_counter(), 0
-            for step in range(first, last):
-                batch = place_batch(next(text), state.params, options.batch_size)
-                if update is None:
-                    update = compile_step(state, batch, recipe, options.seed, options.step)
-                state, metrics = update(state, batch)
-                waiting.append(metrics)
-                tokens += options.batch_size * text.length
-                done = step + 1
-                logs = done == last or done % options.log_every == 0
-                stops = interrupt.received(agree=logs)  # asked once: a signal may come at any line below
-                ends = done == last or stops
-                if ends or logs:
-                    entry = _summary(jax.device_get(waiting)) | {"tokens_per_second": 0.0}
-                    entry["tokens_per_second"] = tokens / (time.perf_counter() - since)
-                    if validation is not None and (done == last or done % options.eval_every == 0):
-                        batches = dataclasses.replace(validation, rows=rows(state.params, validation.batch_size))
-                        found = evaluate(
-                            state.params,
-                            batches,
-                            options.step,
-                            batch_size=validation.batch_size,
-                            bytes_per_token=validation.bytes_per_token,
-                        )
-                        entry |= {f"validation_{name}": value for name, value in found.items()}
-                    log.write({"step": done, "length": text.length, "batch_size": options.batch_size} | entry)
-                    waiting, since, tokens = [], time.perf_counter(), 0
-                if ends or done % options.save_every == 0:
-                    checkpoints.save(state)
-                if stops:
-                    log.say(f"stopped after step {done}; the same command goes on from there")
-                    break
-    return state
+    given = {name for name, value in vars(args).items() if value is not None}
+    found = DEFAULTS if args.preset is None else recipe_for(args.preset)
+    if "config" not in given and args.preset is None:
+        raise ValueError("which model? give --preset opt-125m … opt-175b, or --config with a config.json or a size")
+    if {"steps", "tokens"} <= given:
+        raise ValueError("give --steps or --tokens, not both")
+    for name, value in found.items():
+        if getattr(args, name) is None:
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    if args.config is None:
+        args.config = args.preset
+    config = _config(args)
+    args.length = args.length or config.max_position_embeddings
+    a_step = args.batch_size * args.length
+    if "steps" not in given:
+        if args.tokens is None:
+            raise ValueError("how long? give --steps or --tokens")
+        args.steps = math.ceil(args.tokens / a_step)
+    args.tokens = None
+    if args.warmup is None:
+        warmup = WARMUP if args.warmup_tokens is None else math.ceil(args.warmup_tokens / a_step)
+        short = "warmup_tokens" not in given
+        args.warmup = min(warmup, max(1, int(WARMUP_FRACTION * args.steps))) if short else warmup
+    args.warmup_tokens = None
+    if args.run is None:
+        args.run = Path("runs") / Path(args.preset or args.config).stem
 
 
-def _summary(metrics: list[dict]) -> dict[str, float]:
-    """Mean loss and gradient norm, and the last learning rate, of the steps since the last entry."""
-    return {
-        "loss": float(np.mean([m["loss"] for m in metrics])),
-        "grad_norm": float(np.mean([m["grad_norm"] for m in metrics])),
-        "lr": float(metrics[-1]["lr"]),
-    }
+def _config(args: argparse.Namespace) -> OPTConfig:
+    is_file = Path(args.config).exists()
+    config = OPTConfig.from_json(args.config) if is_file else OPTConfig.preset(args.config)
+    names = ("dropout", "attention_dropout", "layerdrop")
+    return config.replace(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
 
 
-class _Interrupt:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT is a KeyboardInterrupt as usual."""
+def _recipe(args: argparse.Namespace) -> Recipe:
+    return Recipe(
+        peak_lr=args.lr,
+        total_steps=args.steps,
+        warmup_steps=args.warmup,
+        decay_from=args.decay_from,
+        final_fraction=args.final_fraction,
+        beta1=args.betas[0],
+        beta2=args.betas[1],
+        eps=args.eps,
+        weight_decay=args.weight_decay,
+        clip_norm=args.clip,
+    )
 
-    _signalled = False
 
-    def received(self, agree: bool) -> bool:
-        """Whether one came. Where there are several processes they stop together, at a step where all `agree`."""
-        if jax.process_count() == 1:
-            return self._signalled
-        return agree and bool(multihost_utils.process_allgather(np.array(self._signalled)).any())
+def _options(args: argparse.Namespace, config: OPTConfig) -> Options:
+    step = StepOptions(
+        dtype=args.dtype,
+        remat=args.remat,
+        query_block=args.query_block,
+        attn_implementation=args.attn_implementation,
+        loss_chunks=args.loss_chunks,
+        moments_dtype=args.moments_dtype,
+        moments_memory=args.moments_memory,
+    )
+    batch = {"batch_size": args.batch_size, "length": args.length}
+    found = fit(config, step, mesh=args.mesh, rules=args.rules, micro_batches=args.micro_batches, **batch)
+    if found.needed > found.capacity and not args.quiet:
+        needed, has = (f"{each / 2**30:.1f} GiB" for each in (found.needed, found.capacity))
+        print(f"by estimate this takes {needed} of a device's {has}; optjax plan asks the compiler", file=sys.stderr)
+    return Options(
+        **batch,
+        seed=args.seed,
+        stacked=args.stacked,
+        mesh=found.mesh,
+        rules=args.rules,
+        step=dataclasses.replace(step, micro_batches=found.micro_batches),
+        init_scheme=args.init,
+        weights=args.weights,
+        boundaries=args.boundaries,
+        eval_batches=args.eval_batches,
+    )
 
-    def __enter__(self) -> _Interrupt:
-        try:
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: signals are somebody else's business
-            self._before = {}
-        return self
 
-    def _note(self, number: int, _frame: object) -> None:
-        self._signalled = True
-        which = signal.Signals(number)
-        if which in self._before:
-            signal.signal(which, self._before[which])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _loop(args: argparse.Namespace, recipe: Recipe) -> LoopOptions:
+    return LoopOptions(
+        total_steps=recipe.total_steps,
+        stop_at=args.stop_at,
+        save_every=args.save_every,
+        keep=args.keep,
+        eval_every=args.eval_every,
+        log_every=args.log_every,
+        profile=None if args.profile is None else tuple(args.profile),
+        tensorboard=args.tensorboard,
+        wandb=args.wandb,
+        quiet=args.quiet,
+        spikes=Spikes() if args.spikes else None,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,127 +212,80 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    group = parser.add_argument_group("what is trained, on what")
-    group.add_argument("--config", required=True, metavar="FILE", help="config.json, or a preset such as opt-125m")
-    group.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="text of optjax.train.pack")
-    group.add_argument("--validation", type=Path, metavar="FOLDER", help="another, measured every --eval-every steps")
-    group.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="checkpoints and log.jsonl go here")
-    group.add_argument("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout (0)")
-    group.add_argument("--init", choices=["hf", "paper"], default="paper", help="initialization scheme (paper)")
-    group.add_argument(
-        "--stacked", action="store_true", help="scan over stacked layers: compiles faster, for deep models"
-    )
+    on_or_off = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("what is trained, on what").add_argument
+    add("--preset", metavar="SIZE", help=f"the paper's recipe for {', '.join(RECIPES)}; flags change it")
+    add("--config", metavar="FILE", help="config.json, or a size such as opt-125m (that of the preset)")
+    text = "packed text (the folder of optjax.train.pack), or what it packs; several with weights: web=0.8 books=0.2"
+    add("--data", nargs="+", required=True, metavar="PATH[=WEIGHT]", help=text)
+    add("--validation", metavar="PATH", help="another one, measured every --eval-every steps")
+    text = "folder, hub id or opt-mini: packs text, writes samples, goes with --export (facebook/opt-125m to pack)"
+    add("--tokenizer", metavar="SOURCE", help=text)
+    add("--text-field", default="text", metavar="NAME", help="of text that is packed first (text)")
+    add("--boundaries", action=on_or_off, default=False, help="documents of a row do not see each other")
+    add("--run", type=Path, metavar="FOLDER", help="checkpoints and logs go here (runs/, and the model's name)")
+    add("--weights", metavar="SOURCE", help="begin with those of a checkpoint: folder or hub id")
+    add("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout (0)")
+    add("--init", choices=["hf", "paper"], help="initialization scheme (paper)")
 
-    group = parser.add_argument_group("over which devices, and how (all of it may change on resume)")
-    group.add_argument("--mesh", metavar="SPEC", help="such as fsdp=32,tensor=8; -1 is the rest (one device)")
-    group.add_argument(
-        "--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})"
+    add = parser.add_argument_group("over which devices, and how (all of it may change on resume)").add_argument
+    add("--mesh", metavar="SPEC", help="such as fsdp=32,tensor=8; -1 is the rest (chosen for the devices at hand)")
+    add("--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})")
+    text = (
+        "to compute in; weights stay float32; float16 comes with dynamic loss scaling (float32, of a preset bfloat16)"
     )
-    group.add_argument(
-        "--dtype", choices=COMPUTE_DTYPES, default="float32", help="to compute in; weights stay float32 (float32)"
+    add("--dtype", choices=COMPUTE_DTYPES, help=text)
+    add("--micro-batches", type=int, help="parts of a batch, one after another (chosen for the devices at hand)")
+    text = (
+        "kept of each layer for the backward pass: none is recomputed, matrix products are kept (dots), the input is "
+        "(full), or is in the host's memory (offload) (none; of a preset full)"
     )
-    group.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, taken one after another (1)")
-    group.add_argument(
-        "--remat",
-        choices=REMAT,
-        default="none",
-        help="kept of each layer for the backward pass: none is recomputed, matrix products are kept (dots), the input "
-        "is (full), or is in the host's memory (offload) (none)",
-    )
-    group.add_argument("--query-block", type=int, help="queries attended at a time; 0: all (512 of 1024 and more)")
-    group.add_argument(
-        "--attn-implementation",
-        choices=IMPLEMENTATIONS,
-        default="eager",
-        help="kernels of TPU and GPU (flash), or none; auto: flash where it can be had (eager)",
-    )
-    group.add_argument("--loss-chunks", type=int, help="parts of a row whose logits exist together (by their size)")
-    group.add_argument("--moments-dtype", choices=DTYPES, default="float32", help="of AdamW's state (float32)")
-    group.add_argument("--moments-memory", choices=MEMORIES, default="device", help="where AdamW's state is (device)")
+    add("--remat", choices=REMAT, help=text)
+    add("--stacked", action=on_or_off, help="scan over stacked layers: compiles faster (not; of a preset yes)")
+    add("--query-block", type=int, metavar="N", help="queries attended at a time; 0: all (512 of 1024 and more)")
+    text = "kernels of TPU and GPU (flash), or none; auto: flash where it can be had (eager)"
+    add("--attn-implementation", choices=IMPLEMENTATIONS, default="eager", help=text)
+    add("--loss-chunks", type=int, metavar="N", help="parts of a row whose logits exist together (by their size)")
+    add("--moments-dtype", choices=DTYPES, default="float32", help="of AdamW's state (float32)")
+    add("--moments-memory", choices=MEMORIES, default="device", help="where AdamW's state is (device)")
 
-    group = parser.add_argument_group("how long")
-    group.add_argument("--steps", type=int, required=True, help="steps in all; the learning rate ends its fall there")
-    group.add_argument("--stop-at", type=int, metavar="STEP", help="stop early, with the schedule unchanged")
-    group.add_argument("--batch-size", type=int, default=16, help="records per step (16)")
-    group.add_argument("--length", type=int, help="tokens per record (max_position_embeddings); may change on resume")
+    add = parser.add_argument_group("how long").add_argument
+    add("--steps", type=int, metavar="N", help="steps in all; the learning rate ends its fall there")
+    add("--tokens", type=float, metavar="N", help="the same in tokens (of a preset 300e9)")
+    add("--stop-at", type=int, metavar="STEP", help="stop early, with the schedule unchanged")
+    add("--batch-size", type=int, metavar="N", help="rows of a step, over all devices (16; of a preset the paper's)")
+    add("--length", type=int, metavar="N", help="tokens of a row (max_position_embeddings); may change on resume")
 
     group = parser.add_argument_group("recipe (AdamW, as of the OPT paper; all of it may change on resume)")
-    group.add_argument("--lr", type=float, default=6e-4, help="peak learning rate (6e-4)")
-    group.add_argument("--warmup", type=int, default=2000, metavar="STEPS", help="linear warm-up (2000)")
-    group.add_argument("--decay-from", type=int, metavar="STEP", help="keep the peak until this step (end of warm-up)")
-    group.add_argument("--final-fraction", type=float, default=0.1, help="of the peak, at the last step (0.1)")
-    group.add_argument("--weight-decay", type=float, default=0.1, help="not on biases and norms (0.1)")
-    group.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), metavar=("B1", "B2"), help="(0.9 0.95)")
-    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (1.0)")
+    add = group.add_argument
+    add("--lr", type=float, help="peak learning rate (6e-4; of a preset the paper's)")
+    add("--warmup", type=int, metavar="STEPS", help="linear warm-up (2000, at most a tenth of the run)")
+    add("--warmup-tokens", type=float, metavar="N", help="the same in tokens (of a preset 375e6)")
+    add("--decay-from", type=int, metavar="STEP", help="keep the peak until this step (end of warm-up)")
+    add("--final-fraction", type=float, metavar="X", help="of the peak, at the last step (0.1)")
+    add("--weight-decay", type=float, metavar="X", help="not on biases and norms (0.1)")
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="(0.9 0.95)")
+    add("--eps", type=float, metavar="X", help="(1e-8)")
+    add("--clip", type=float, metavar="X", help="largest norm of the gradient (1.0)")
+    for name in ("dropout", "attention-dropout", "layerdrop"):
+        add(f"--{name}", type=float, metavar="P", help="(the config's)")
 
-    group = parser.add_argument_group("log and checkpoints")
-    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(10)")
-    group.add_argument("--eval-every", type=int, default=200, metavar="STEPS", help="a multiple of --log-every (200)")
-    group.add_argument("--eval-batches", type=int, default=16, help="of --validation, from its beginning (16)")
-    group.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="the last two stay (200)")
-    group.add_argument("--export", type=Path, metavar="FOLDER", help="at the end, write a Hugging Face checkpoint here")
-    group.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer files that --export copies along")
-    group.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+    add = parser.add_argument_group("log and checkpoints").add_argument
+    add("--log-every", type=int, default=10, metavar="STEPS", help="(10)")
+    add("--eval-every", type=int, default=200, metavar="STEPS", help="(200)")
+    add("--eval-batches", type=int, default=16, metavar="N", help="of --validation, from its beginning (16)")
+    add("--prompts", nargs="*", default=list(PROMPTS), metavar="TEXT", help="continued at evaluations (two)")
+    add("--save-every", type=int, default=200, metavar="STEPS", help="(200)")
+    add("--keep", type=int, default=3, metavar="N", help="checkpoints that stay (3)")
+    add("--spikes", action=on_or_off, default=True, help="go back when the loss or the gradient leaps (yes)")
+    add("--tensorboard", action=on_or_off, default=None, help="write event files (where tensorboardX is installed)")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    add("--profile", type=int, nargs=2, metavar=("STEP", "N"), help="trace N steps from STEP on")
+    add("--export", type=Path, metavar="FOLDER", help="at the end, write a Hugging Face checkpoint here")
+    add("--export-dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
+    add("--quiet", action=on_or_off, default=False, help="no progress on the terminal")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        initialize()
-        is_file = Path(args.config).exists()
-        config = OPTConfig.from_json(args.config) if is_file else OPTConfig.preset(args.config)
-        recipe = Recipe(
-            peak_lr=args.lr,
-            total_steps=args.steps,
-            warmup_steps=args.warmup,
-            decay_from=args.decay_from,
-            final_fraction=args.final_fraction,
-            beta1=args.betas[0],
-            beta2=args.betas[1],
-            weight_decay=args.weight_decay,
-            clip_norm=args.clip,
-        )
-        options = Options(
-            batch_size=args.batch_size,
-            seed=args.seed,
-            stacked=args.stacked,
-            mesh=args.mesh,
-            rules=args.rules,
-            step=StepOptions(
-                dtype=args.dtype,
-                micro_batches=args.micro_batches,
-                remat=args.remat,
-                query_block=args.query_block,
-                attn_implementation=args.attn_implementation,
-                loss_chunks=args.loss_chunks,
-                moments_dtype=args.moments_dtype,
-                moments_memory=args.moments_memory,
-            ),
-            init_scheme=args.init,
-            stop_at=args.stop_at,
-            save_every=args.save_every,
-            eval_every=args.eval_every,
-            eval_batches=args.eval_batches,
-            log_every=args.log_every,
-        )
-        length = args.length or config.max_position_embeddings
-        vocab_size, batch_size = config.vocab_size, args.batch_size
-        text = open_text(args.data, length=length, batch_size=batch_size, seed=args.seed, vocab_size=vocab_size)
-        size = max(1, batch_size // args.micro_batches)
-        validation = args.validation and text_batches(
-            args.validation, length, size, args.eval_batches, vocab_size=vocab_size
-        )
-        state = pretrain(config, recipe, options, text, args.run, validation, args.quiet)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    if args.export and int(state.step) == recipe.total_steps:
-        from .export import export
-
-        export(state.params, args.export, tokenizer=args.tokenizer)
-        print(f"wrote {args.export}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return parser.parse_args([*flags, *argv])
 
 
-def write(args: argparse.Namespace, folder: str | Path) -> None:
-    """Saves what was given, chosen and left at its default; the first of several processes does."""
+def write(settings: Mapping[str, Any], folder: str | Path) -> None:
+    """Saves what `resolved` gave; the first of several processes does."""
     if jax.process_index() == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(resolved(args), indent=2)
-        (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+        (Path(folder) / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def resolved(args: argparse.Namespace) -> dict[str, Any]:

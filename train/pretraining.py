@@ -1,0 +1,176 @@
+"""The pretraining of a causal language model as a `Job` for the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import optjax
+from optjax.config import OPTConfig
+from optjax.params import Params, init_params
+from optjax.sharding import make_mesh
+from optjax.sharding.plan.analytic import attention_flops, causal_pairs, token_flops
+
+from .checkpoint import remember_run
+from .data import open_text, text_batches
+from .data.text import Sources
+from .loop import Job, LoopOptions, run
+from .loss import evaluate
+from .optimizer import Recipe
+from .options import PLAIN, StepOptions
+from .placing import place_batch, rows
+from .settings import write as write_settings
+from .state import TrainState, abstract_state, check_batch, compile_step, init_state
+
+# Of a sample text at an evaluation.
+SAMPLE_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """A run, apart from its model, its recipe and its text.
+
+    Attributes:
+      batch_size: B, rows of a step over all devices.
+      length: T; by default as many as the model has positions.
+      seed: of the weights, the order of the text, and dropout.
+      stacked: layers in one array for each weight, over which the step scans: compiles faster.
+      mesh, rules: as of `optjax.sharding.make_mesh` and `make_placement`; without a mesh it takes one device.
+      step: how a step is computed.
+      init_scheme: as of `optjax.init_params`.
+      weights: a checkpoint to begin with (as of `optjax.load_params`), in place of new weights.
+      boundaries: documents of a row do not see each other.
+      eval_batches: of the validation text, from its beginning.
+    """
+
+    batch_size: int
+    length: int | None = None
+    seed: int = 0
+    stacked: bool = False
+    mesh: str | None = None
+    rules: Any = None
+    step: StepOptions = PLAIN
+    init_scheme: str = "paper"
+    weights: str | None = None
+    boundaries: bool = False
+    eval_batches: int = 16
+
+
+def pretrain(
+    config: OPTConfig,
+    recipe: Recipe,
+    options: Options,
+    text: Sources,
+    folder: str | Path,
+    loop: LoopOptions,
+    *,
+    validation: str | Path | None = None,
+    tokenizer: Any = None,
+    prompts: Sequence[str] = (),
+    settings: dict[str, Any] | None = None,
+) -> TrainState:
+    """Trains from the newest checkpoint in ``folder`` if it has one, as `optjax.train.loop.run` does.
+
+    Args:
+      text: what `python -m optjax.train.pack` wrote, or several with their weights.
+      validation: the same, to evaluate on.
+      tokenizer: an `optjax.Tokenizer`, for sample texts that continue the prompts at evaluations.
+      settings: kept in the folder as `settings.json`.
+
+    Raises:
+      ValueError: the folder holds another run, records are longer than the model's positions, or something does not
+        divide over the mesh.
+      FileNotFoundError: the text is not there.
+    """
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    spread: dict[str, Any] = {"stacked": options.stacked, "mesh": mesh, "rules": options.rules}
+    target = abstract_state(config, options.step, **spread)
+    length = options.length or config.max_position_embeddings
+    check_batch(target.params, options.batch_size, length, options.step)
+    of_process = {"rows": rows(target.params, options.batch_size), "boundaries": options.boundaries}
+    batches = {"length": length, "batch_size": options.batch_size, "vocab_size": config.vocab_size}
+    loader = open_text(text, seed=options.seed, **batches, **of_process)
+    job = Job(
+        target=target,
+        init=lambda: init_state(_first_weights(config, options, spread), options.step),
+        step=step_function(recipe, options.seed, options.step, options.batch_size),
+        loader=loader,
+        about=_about(config, options),
+        tokens_per_step=options.batch_size * length,
+        flops_per_step=model_flops(config, options.batch_size, length),
+        evaluate=_evaluate(validation, target.params, options, batches, of_process),
+        sample=_sample(tokenizer, prompts, config),
+    )
+    remember_run(folder, job.about)  # before the settings of another run are written over
+    if settings is not None:
+        write_settings(settings, folder)
+    return run(job, folder, loop)
+
+
+def step_function(recipe: Recipe, seed: int, options: StepOptions, batch_size: int) -> Callable:
+    """(state, host batch) → (state, metrics); compiled when it is first called, for the shapes it then sees."""
+    compiled: list[Any] = []
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        placed = place_batch(batch, state.params, batch_size)
+        if not compiled:
+            compiled.append(compile_step(state, placed, recipe, seed, options))
+        return compiled[0](state, placed)
+
+    return step
+
+
+def model_flops(config: OPTConfig, batch_size: int, length: int) -> float:
+    """FLOPs of a step by which utilization is measured: forward and twice that, attention over the past alone."""
+    pairs = batch_size * causal_pairs(length)
+    return 3 * (token_flops(config) * batch_size * length + attention_flops(config, pairs))
+
+
+def _about(config: OPTConfig, options: Options) -> dict[str, Any]:
+    """What a run cannot change on the way."""
+    about = {"config": config.to_dict(), "seed": options.seed, "stacked": options.stacked}
+    return about | ({"init": options.init_scheme} if options.weights is None else {"weights": options.weights})
+
+
+def _first_weights(config: OPTConfig, options: Options, spread: dict[str, Any]) -> Params:
+    if options.weights is None:
+        return init_params(config, jax.random.key(options.seed), scheme=options.init_scheme, **spread)
+    params = optjax.load_params(
+        options.weights, dtype="float32", head="causal_lm", mesh=spread["mesh"], rules=options.rules
+    )
+    params = dataclasses.replace(params, config=config)  # the same weights; dropout may be another
+    return optjax.stack_layers(params) if options.stacked else params
+
+
+def _evaluate(
+    validation: str | Path | None, params: Params, options: Options, batches: dict[str, Any], of_process: dict[str, Any]
+) -> Callable | None:
+    if validation is None:
+        return None
+    size = options.batch_size // options.step.micro_batches
+    of_process = of_process | {"rows": rows(params, size)}
+    text = text_batches(validation, max_batches=options.eval_batches, **(batches | {"batch_size": size}), **of_process)
+    return lambda state: evaluate(
+        state.params, text, options.step, batch_size=size, bytes_per_token=text.bytes_per_token
+    )
+
+
+def _sample(tokenizer: Any, prompts: Sequence[str], config: OPTConfig) -> Callable | None:
+    if tokenizer is None or not prompts:
+        return None
+    ids, mask = tokenizer(list(prompts))
+    new = min(SAMPLE_TOKENS, config.max_position_embeddings - int(mask.sum(1).max()))
+    quiet = {"suppress_tokens": tokenizer.unused_ids(config.vocab_size)}
+
+    def sample(state: TrainState) -> list[str]:
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        more = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "key": key}
+        made = optjax.generate(state.params, ids, mask, max_new_tokens=new, **quiet, **more)
+        texts = (tokenizer.decode(row[ids.shape[1] :]) for row in jax.device_get(made))
+        return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+
+    return sample

@@ -1,0 +1,83 @@
+"""Text as it is named on the command line: packed, or packed first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from .data.store import ABOUT, read_about
+
+# Packs text where no tokenizer is named.
+OPT = "facebook/opt-125m"
+
+
+def parse_source(text: str) -> tuple[str, float]:
+    """``PATH`` or ``PATH=WEIGHT`` as a path and a weight (1 where none is named).
+
+    Raises:
+      ValueError: the weight is not above 0.
+    """
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text}: a weight should be above 0")
+    return path, value
+
+
+def packed(
+    names: Sequence[str], tokenizer: str | None, folder: str | Path, *, text_field: str = "text", quiet: bool = False
+) -> list[tuple[Path, float]]:
+    """Folders of packed text with their weights; what is not packed yet is, into ``folder``, by the first process.
+
+    Raises:
+      FileNotFoundError: there is no such text.
+      ValueError: it cannot be packed, or a weight makes no sense.
+    """
+    found = [parse_source(name) for name in names]
+    ready = [(Path(path), weight) for path, weight in found]
+    todo = [i for i, (path, _) in enumerate(ready) if not (path / ABOUT).is_file()]
+    for i in todo:
+        ready[i] = Path(folder) / _name(found[i][0], tokenizer, text_field), found[i][1]
+    if todo and jax.process_index() == 0:
+        for i in todo:
+            if not (ready[i][0] / ABOUT).is_file():
+                _pack(found[i][0], tokenizer or OPT, ready[i][0], text_field, quiet)
+    if todo and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("text is packed")
+    return ready
+
+
+def tokenizer_of(sources: Sequence[tuple[Path, float]], named: str | None) -> Any:
+    """The tokenizer that is named, else that with which the text was packed; None where neither can be had."""
+    from optjax.tokenizer import Tokenizer
+
+    if named is not None:
+        return Tokenizer.load(named)
+    with_name = read_about(sources[0][0]).get("tokenizer")
+    try:
+        return None if with_name is None else Tokenizer.load(with_name)
+    except (ValueError, OSError):
+        return None
+
+
+def _name(path: str, tokenizer: str | None, text_field: str) -> str:
+    """Another text, tokenizer or field is another folder."""
+    about = f"{Path(path).resolve()}\n{tokenizer}\n{text_field}"
+    return f"{Path(path).name.partition('.')[0]}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+
+
+def _pack(path: str, tokenizer: str, out: Path, text_field: str, quiet: bool) -> None:
+    from . import pack
+
+    words = ["--documents", path, "--tokenizer", tokenizer, "--out", str(out), "--text-field", text_field]
+    pack.main([*words, *(["--quiet"] if quiet else [])])
