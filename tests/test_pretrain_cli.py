@@ -1,0 +1,134 @@
+"""The command that pretrains: presets, settings, and from a text file to a model that others load."""
+
+import json
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import optjax
+from optjax import OPTConfig
+from optjax.train import pretrain, settings
+from optjax.train.checkpoint import load_run
+from optjax.train.data.store import read_about
+from optjax.train.sources import parse_source
+
+CONFIG = OPTConfig(
+    vocab_size=8192,
+    hidden_size=16,
+    num_hidden_layers=2,
+    ffn_dim=32,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+)
+
+
+def resolved(*words: str) -> types.SimpleNamespace:
+    args = settings.parse(pretrain._parser(), ["--data", "x", *words])
+    pretrain.resolve(args)
+    return types.SimpleNamespace(**vars(args))
+
+
+def test_a_preset_is_the_papers_run():
+    args = resolved("--preset", "opt-1.3b")
+    assert (args.config, args.length, args.batch_size, args.run) == ("opt-1.3b", 2048, 512, Path("runs/opt-1.3b"))
+    assert args.steps == -(-300_000_000_000 // 2**20) and args.warmup == -(-375_000_000 // 2**20)
+    assert (args.lr, args.dtype, args.remat, args.stacked, args.mesh) == (2e-4, "bfloat16", "full", True, None)
+    recipe = pretrain._recipe(args)
+    assert recipe.decay_from == recipe.warmup_steps and recipe.final_fraction == 0.1
+    assert resolved("--preset", "opt-175b").warmup == 2000
+
+
+def test_flags_change_a_preset():
+    args = resolved("--preset", "opt-125m", "--steps", "50", "--lr", "1", "--no-stacked", "--dropout", "0.3")
+    assert (args.steps, args.warmup, args.lr, args.stacked) == (50, 5, 1.0, False)  # a tenth, not 715 steps
+    assert pretrain._config(args).dropout == 0.3 and args.betas == [0.9, 0.95]
+    # Half the batch, as many tokens.
+    args = resolved("--preset", "opt-125m", "--batch-size", "128")
+    assert args.steps == -(-300_000_000_000 // 2**18) and args.warmup == -(-375_000_000 // 2**18)
+    args = resolved("--config", "opt-125m", "--tokens", "1e6", "--length", "100", "--warmup-tokens", "5e4")
+    assert (args.steps, args.warmup, args.batch_size, args.dtype) == (625, 32, 16, "float32")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "5"], "which model"),
+        (["--config", "opt-125m"], "how long"),
+        (["--preset", "opt-5b"], "no recipe for 'opt-5b'"),
+        (["--preset", "opt-125m", "--steps", "5", "--tokens", "5"], "not both"),
+    ],
+)
+def test_what_is_missing_is_said(words, message):
+    with pytest.raises(ValueError, match=message):
+        resolved(*words)
+
+
+def test_sources_may_have_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a=0.5").touch()
+    assert parse_source("a=0.5") == ("a=0.5", 1.0)  # there is a file of that name
+    assert parse_source("b=0.5") == ("b", 0.5) and parse_source("b=c") == ("b=c", 1.0) == parse_source("b=c")
+    with pytest.raises(ValueError, match="above 0"):
+        parse_source("b=0")
+
+
+def test_from_text_to_a_model(tmp_path, monkeypatch):
+    """Packs, trains over eight devices, writes samples and settings, and exports what transformers computes alike; the
+    settings it saved go on where it stopped."""
+    monkeypatch.chdir(tmp_path)
+    CONFIG.to_json("config.json")
+    lines = [{"text": f"Chapter {i}. " + "It was a dark and stormy night. " * 40} for i in range(12)]
+    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("validation.txt").write_text("It was a bright and quiet morning. " * 60)
+    Path("run.toml").write_text(
+        'config = "config.json"\ndata = ["train.jsonl=1"]\nvalidation = "validation.txt"\ntokenizer = "opt-mini"\n'
+        'run = "run"\nsteps = 6\nbatch_size = 8\nlength = 32\nlr = 0.01\nlog_every = 2\neval_every = 3\n'
+        'boundaries = true\nstacked = true\nexport = "out"\nprompts = ["It was", "Chapter 3"]\nquiet = true\n'
+        'export_dtype = "float16"\n'
+    )
+    assert pretrain.main(["--settings", "run.toml", "--stop-at", "4"]) == 0
+    assert not Path("out").exists()
+    assert pretrain.main(["--settings", "run", "--stop-at", "6"]) == 0
+    saved = json.loads(Path("run/settings.json").read_text())
+    assert saved["lr"] == 0.01 and saved["betas"] == [0.9, 0.95] and saved["warmup"] == 1 and "mesh" not in saved
+
+    texts = {path.name.rpartition("-")[0]: read_about(path) for path in Path("run/text").iterdir()}
+    assert texts.keys() == {"train", "validation"} and texts["train"]["documents"] == 12
+    entries = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    looked = [entry for entry in entries if "validation_loss" in entry]
+    assert [entry["step"] for entry in looked] == [3, 6]
+    for entry in looked:
+        assert entry["validation_perplexity"] == pytest.approx(np.exp(entry["validation_loss"]))
+        begun = zip(entry["samples"], ("It was", "Chapter 3"), strict=True)
+        assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in begun)
+
+    params, tokenizer = optjax.load("out")
+    trained = load_run("run")
+    for mine, exported in zip(jax.tree.leaves(trained), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(mine, np.float16), exported)
+    ids, mask = tokenizer(["It was a dark", "night"])
+    model = transformers.AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.array(ids)), attention_mask=torch.tensor(np.array(mask))).logits
+    ours = optjax.causal_lm(jax.tree.map(lambda w: w.astype("float32"), params), ids, attention_mask=mask).logits
+    real = np.asarray(mask) != 0
+    np.testing.assert_allclose(np.asarray(ours)[real], theirs.numpy()[real], atol=1e-4)
+
+
+def test_begins_with_the_weights_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = optjax.init_params(CONFIG, jax.random.key(3))
+    optjax.save_params(params, "first")
+    Path("text.txt").write_text("a b c " * 2000)
+    words = ["--config", "first", "--weights", "first", "--data", "text.txt", "--tokenizer", "opt-mini", "--run", "run"]
+    words += ["--steps", "1", "--lr", "1e-12", "--batch-size", "8", "--length", "16", "--stacked", "--quiet"]
+    assert pretrain.main(words) == 0
+    for mine, first in zip(jax.tree.leaves(load_run("run")), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(mine, first, atol=1e-9)
+    about = json.loads(Path("run/run.json").read_text())
+    assert about["weights"] == "first"
