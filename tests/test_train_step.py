@@ -128,6 +128,24 @@ def test_a_step_over_devices(rules):
     assert (fc1.addressable_shards[0].data.nbytes < fc1.nbytes) == (rules != "data")
 
 
+def test_the_same_curve_on_every_mesh():
+    """Forty steps with dropout on one device, eight fully sharded, and four times two that share out each layer."""
+    curves = {}
+    for mesh, rules in ((None, None), ("fsdp=8", "fsdp"), ("fsdp=4,tensor=2", "fsdp+tensor")):
+        spread = {} if mesh is None else {"mesh": make_mesh(mesh, jax.devices()[:8]), "rules": rules}
+        state = init_state(init_params(CONFIG.replace(**DROPOUT), jax.random.key(1), stacked=True, **spread))
+        recipe, options = Recipe(peak_lr=3e-3, total_steps=40, warmup_steps=4), StepOptions(micro_batches=2)
+        losses = []
+        for step in range(40):
+            batch = {name: np.roll(array, step, axis=0) for name, array in BATCH.items()}
+            state, metrics = train_step(state, place_batch(batch, state.params, B), recipe, SEED, options)
+            losses.append(metrics["loss"])
+        curves[mesh] = np.array(jax.device_get(losses))
+    assert curves[None][-1] < 0.9 * curves[None][0]
+    for mesh in ("fsdp=8", "fsdp=4,tensor=2"):
+        np.testing.assert_allclose(curves[mesh], curves[None], rtol=1e-5, err_msg=mesh)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_of_architectures_over_devices(name):
     config = CONFIG.replace(**ARCHITECTURES[name])
