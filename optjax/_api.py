@@ -7,6 +7,11 @@ from optjax.declaration import Weight, count_params, declare
 from optjax.generation import GenerateOutput, Prefix, decode_step, generate, prefill, read_prefix, stream
 from optjax.heads import causal_lm, question_answering, sequence_classification
 from optjax.kernels.choice import attention_kind
+from optjax.lora.adapters import init_adapters
+from optjax.lora.apply import merge_adapters, unmerge_adapters, with_adapters
+from optjax.lora.config import LoraConfig
+from optjax.lora.files import load_adapters, save_adapters
+from optjax.lora.parts import Adapters
 from optjax.model import forward
 from optjax.offloading import offload
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
@@ -16,8 +21,10 @@ from optjax.scoring import Score, score
 from optjax.tokenizer import Tokenizer
 
 __all__ = [
+    "Adapters",
     "Cache",
     "GenerateOutput",
+    "LoraConfig",
     "OPTConfig",
     "Params",
     "Prefix",
@@ -35,19 +42,25 @@ __all__ = [
     "dequantize",
     "forward",
     "generate",
+    "init_adapters",
     "init_cache",
     "init_params",
     "load",
+    "load_adapters",
     "load_params",
+    "merge_adapters",
     "offload",
     "prefill",
     "quantize",
     "read_prefix",
     "question_answering",
+    "save_adapters",
     "save_params",
     "score",
     "sequence_classification",
     "stack_layers",
     "stream",
+    "unmerge_adapters",
     "unstack_layers",
+    "with_adapters",
 ]

@@ -13,7 +13,7 @@ from optjax.cache import Cache
 from optjax.config import PROBLEM_TYPES, OPTConfig
 from optjax.declaration import logical_axes
 from optjax.layer import linear
-from optjax.model import Inputs, ModelOutput, check_inputs, decoder, with_attention
+from optjax.model import Inputs, ModelOutput, check_inputs, decoder, with_attention, with_outer_dropout
 from optjax.params import Params
 from optjax.placed import constrain, gather
 from optjax.validate import as_array, check_params, check_range
@@ -88,7 +88,7 @@ def causal_lm(
 @partial(jax.jit, static_argnums=(3, 4))
 def _causal_lm(params: Params, inputs: Inputs, labels, output_hidden_states, output_attentions) -> HeadOutput:
     out = decoder(params, inputs, output_hidden_states, output_attentions)
-    logits = lm_logits(params, out.last_hidden_state)
+    logits = lm_logits(with_outer_dropout(params, inputs.dropout_key), out.last_hidden_state)
     loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:])
     return HeadOutput(logits, loss, *_rest(out))
 
@@ -161,7 +161,7 @@ def _sequence_classification(params, inputs: Inputs, labels, kind, output_hidden
     out = decoder(params, inputs, output_hidden_states, output_attentions)
     last = last_token(inputs, params.config.pad_token_id, out.last_hidden_state.shape[1])
     pooled = jnp.take_along_axis(out.last_hidden_state, last[:, None, None], axis=1)[:, 0]
-    logits = head_logits(params, pooled, "score")
+    logits = head_logits(with_outer_dropout(params, inputs.dropout_key), pooled, "score")
     loss = None
     if labels is not None:
         if kind == "single_label_classification":
@@ -256,7 +256,7 @@ def question_answering(
 @partial(jax.jit, static_argnums=(3, 4))
 def _question_answering(params, inputs: Inputs, spans, output_hidden_states, output_attentions):
     out = decoder(params, inputs, output_hidden_states, output_attentions)
-    logits = head_logits(params, out.last_hidden_state, "qa_outputs")
+    logits = head_logits(with_outer_dropout(params, inputs.dropout_key), out.last_hidden_state, "qa_outputs")
     start, end = logits[..., 0], logits[..., 1]
     loss = None
     if spans is not None:

@@ -16,6 +16,7 @@ from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
 from optjax.kernels.flash import Flash
+from optjax.lora.weight import AdaptedWeight, with_dropout
 from optjax.placed import cast, constrain, constrain_both, gather, platform
 from optjax.quantization.product import FEW_ROWS, product
 from optjax.quantization.weight import QuantizedWeight
@@ -55,6 +56,8 @@ def decoder_layer(
     """
     attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
     pre_norm = config.do_layer_norm_before
+    # The fifth of `split`, which stays as it is where no adapter needs it.
+    weights = with_dropout(weights, None if key is None else jax.random.fold_in(key, 4))
     weights = _as_used(config, placement, weights, x.dtype)
 
     def residual(x, block, norm, dropout_key):
@@ -98,14 +101,17 @@ def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: 
         return weights
 
     def used(weight: Any) -> Any:
+        if isinstance(weight, AdaptedWeight):
+            return weight.map(used)
         return weight if isinstance(weight, QuantizedWeight) or weight.ndim < 2 else _name(cast(weight, dtype))
 
-    weights = jax.tree.map(used, weights, is_leaf=lambda w: isinstance(w, QuantizedWeight))
+    weights = jax.tree.map(used, weights, is_leaf=lambda w: isinstance(w, QuantizedWeight | AdaptedWeight))
     return jax.tree.map(_name, gather(placement, weights, logical_axes(config)["layers"]))
 
 
 def _name(weight: jax.Array) -> jax.Array:
-    return checkpoint_name(weight, USED_WEIGHT)
+    is_key = jnp.issubdtype(weight.dtype, jax.dtypes.prng_key)
+    return weight if is_key else checkpoint_name(weight, USED_WEIGHT)
 
 
 def _self_attention(
@@ -155,6 +161,8 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
     """``x Wᵀ + b``, with W ``[out, in]``, quantized or not, in ``dtype``: that of x by default."""
     dtype, on = x.dtype if dtype is None else dtype, platform(placement)
     weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
+    if isinstance(weight, AdaptedWeight):
+        return _adapted(x, weight, bias, dtype, placement)
     if isinstance(weight, QuantizedWeight):
         y = product(x, weight, on=on, spread=placement is not None and placement.mesh.size > 1)
         return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
@@ -168,6 +176,17 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
     y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
     y = y[:1].reshape(*lead, -1) if alone else y
     return y if bias is None else y + bias.astype(dtype)
+
+
+def _adapted(x: jax.Array, weight: AdaptedWeight, bias: jax.Array | None, dtype: Any, placement: Any) -> jax.Array:
+    """``W x + b + scale · B (A x)``, what goes into A with dropout if it has a key."""
+    y = linear(x, {"weight": weight.base, "bias": bias}, dtype, placement=placement)
+    dropped = x if weight.key is None else drop(x, weight.dropout, weight.key)
+    inner = linear(dropped, {"weight": weight.lora_A}, jnp.float32, placement=placement)
+    # Where W's inputs are split over devices these are sums of parts, and as small as the rank.
+    inner = constrain(placement, inner, "batch", *("length",) * (x.ndim - 2), None)
+    inner = (inner * weight.scale).astype(x.dtype)
+    return y + linear(inner, {"weight": weight.lora_B}, dtype, placement=placement)
 
 
 def _linear_on_cpu(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -19,6 +19,7 @@ from optjax.declaration import logical_axes
 from optjax.kernels.choice import rounded_cache, settle, spread_by_hand
 from optjax.kernels.flash import Flash
 from optjax.layer import decoder_layer, layer_norm, linear
+from optjax.lora.weight import with_dropout
 from optjax.offloading import bring
 from optjax.params import Params, as_key
 from optjax.placed import constrain, gather
@@ -198,6 +199,7 @@ def decoder(
 ) -> ModelOutput:
     """`forward` without checks and without a jit of its own, for use inside compiled programs."""
     config, placement, cache = params.config, params.placement, inputs.cache
+    params = with_outer_dropout(params, inputs.dropout_key)
     with jax.named_scope("embed"):
         x = embed(params, inputs)
     b, t = x.shape[:2]
@@ -263,6 +265,16 @@ def decoder(
         attentions=attentions if keep_attention else None,
         cache=cache,
     )
+
+
+def with_outer_dropout(params: Params, key: jax.Array | None) -> Params:
+    """Params whose adapters outside the layers drop some of their inputs; see `with_dropout`."""
+    if key is None:
+        return params
+    layers, outside = params["layers"], {name: each for name, each in params.weights.items() if name != "layers"}
+    # No layer has this number.
+    outside = with_dropout(outside, jax.random.fold_in(key, params.config.num_hidden_layers))
+    return dataclasses.replace(params, weights=outside | {"layers": layers})
 
 
 def embed(params: Params, inputs: Inputs, dtype: Any = None) -> jax.Array:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from optjax.lora.weight import AdaptedWeight, low_rank_axes
 from optjax.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -54,6 +56,10 @@ def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
         return {name: gather(placement, weight, axes[name]) for name, weight in weights.items()}
     if isinstance(weights, QuantizedWeight):
         return weights.map_with_axes(placement.gather, axes)
+    if isinstance(weights, AdaptedWeight):
+        of_a, of_b = low_rank_axes(axes)
+        a, b = placement.gather_as_fits(weights.lora_A, of_a), placement.gather_as_fits(weights.lora_B, of_b)
+        return dataclasses.replace(weights, base=gather(placement, weights.base, axes), lora_A=a, lora_B=b)
     return placement.gather(weights, axes)
 
 

@@ -107,6 +107,13 @@ class Placement:
             return jax.lax.with_sharding_constraint(weight, gathered)  # codes of a quantized weight have no cotangent
         return _gather(weight, stored, gathered)
 
+    def gather_as_fits(self, matrix: jax.Array, axes: Axes) -> jax.Array:
+        """`gather` of a matrix that is split as `fitting` has it: one of an adapter."""
+        stored, of_tokens = self.fitting(matrix.shape, axes), {*self.mesh_axes("batch"), *self.mesh_axes("length")}
+        split = [self.dividing(size, axis) for size, axis in zip(matrix.shape, axes, strict=True)]
+        gathered = self._named(tuple(name for name in names if name not in of_tokens) for names in split)
+        return matrix if stored == gathered else _gather(matrix, stored, gathered)
+
     def total(self, sums: jax.Array, axes: Axes) -> jax.Array:
         """A weight's cotangent, in its sharding, from the sums ``[P, Q, …]`` over each of the parts of `in_parts`."""
         parts = self.fitting(sums.shape[:2], ("batch", "length")).spec

@@ -15,7 +15,7 @@ import pytest
 from optjax import OPTConfig, init_params
 from optjax.params import unstack_layers
 from optjax.train.checkpoint import Checkpoints, load_run
-from optjax.train.data import open_text, text_batches, write_tokens
+from optjax.train.data import text_batches, write_tokens
 from optjax.train.log import read_log
 from optjax.train.loop import LoopOptions
 from optjax.train.loss import evaluate, next_token_loss

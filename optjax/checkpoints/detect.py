@@ -17,6 +17,8 @@ WEIGHTS_NAMES = {
     "tf": "tf_model.h5",
 }
 SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".msgpack": "flax", ".h5": "tf", ".pt": "metaseq"}
+# Of PEFT, beside the weights of an adapter.
+ADAPTER_CONFIG = "adapter_config.json"
 NPY_NAME = "decoder.embed_tokens.weight"
 _PT_NUMBERS = re.compile(r"(?<=-model_part-)\d+|(?<=-shard)-?\d+(?=\.pt$)")
 
@@ -62,6 +64,11 @@ def _find_in_folder(folder: Path) -> Found:
             return Found(kind, folder, (folder / name,))
         if (folder / f"{name}.index.json").is_file():
             return _from_index(kind, folder / f"{name}.index.json")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter, and no model: load the model that it was trained on{_base(folder)}, then "
+            "optjax.with_adapters(params, optjax.load_adapters(folder)); on the command line --adapter"
+        )
     for suffix, kind in SUFFIXES.items():
         files = sorted(p for p in folder.glob(f"*{suffix}") if p.is_file() and p.name != "training_args.bin")
         if kind == "metaseq" and files:
@@ -78,6 +85,14 @@ def _find_in_folder(folder: Path) -> Found:
     raise FileNotFoundError(
         f"{folder} holds no checkpoint: looked for {looked}, *.pt (metaseq), {NPY_NAME}[.npy] (Alpa)"
     )
+
+
+def _base(folder: Path) -> str:
+    """Of an adapter, in words, as far as its config says."""
+    with reading(folder / ADAPTER_CONFIG):
+        entries = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        name = entries.get("base_model_name_or_path") if isinstance(entries, dict) else None
+    return f" ({shorten(str(name))})" if name else ""
 
 
 def _siblings(path: Path) -> tuple[Path, ...]:

@@ -13,7 +13,7 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 # What a checkpoint needs beside its weights.
 _SMALL_FILES = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "vocab.json", "merges.txt", "added_tokens.json",
+    "vocab.json", "merges.txt", "added_tokens.json", "adapter_config.json",
 ]  # fmt: skip
 # One format is downloaded, the first that is there.
 _WEIGHTS = [
@@ -24,10 +24,16 @@ _WEIGHTS = [
     r".*\.pt",
     r"decoder\..*",
 ]
+_ADAPTER = [r"adapter_model\.safetensors", r"adapter_model\.bin"]
 
 
 def resolve_source(
-    source: str | Path, *, revision: str | None = None, token: str | bool | None = None, weights: bool = True
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    weights: bool = True,
+    adapter: bool = False,
 ) -> Path:
     """The path of a checkpoint, downloaded from the hub if need be (with a progress bar; what is there is kept).
 
@@ -35,6 +41,7 @@ def resolve_source(
       source: a path, ``"opt-mini"``, or a hub id.
       revision, token: of the hub: a branch, tag or commit; an access token.
       weights: False for the config and the tokenizer's files only.
+      adapter: True for PEFT's files of an adapter, instead of a model's.
 
     Raises:
       FileNotFoundError: there is no such path, and no such model on the hub or no way to reach it.
@@ -52,10 +59,10 @@ def resolve_source(
         return folder
     if isinstance(source, Path) or not _HUB_ID.match(name) or name.startswith("."):
         raise FileNotFoundError(f"no file or folder at {name!r}, and it is not a hub id such as 'facebook/opt-125m'")
-    return _download(name, revision, token, weights)
+    return _download(name, revision, token, _ADAPTER if adapter else _WEIGHTS if weights else None)
 
 
-def _download(repo: str, revision: str | None, token: str | bool | None, weights: bool) -> Path:
+def _download(repo: str, revision: str | None, token: str | bool | None, weights: list[str] | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -104,12 +111,12 @@ class NoCheckpointError(FileNotFoundError):
     """A model on the hub in no format that optjax reads."""
 
 
-def _wanted(files: list[str], weights: bool, where: str) -> list[str]:
-    """The small files, and the weights in the best format there is."""
+def _wanted(files: list[str], weights: list[str] | None, where: str) -> list[str]:
+    """The small files, and the weights by the first pattern that has any."""
     small = [f for f in files if f in _SMALL_FILES]
-    if not weights:
+    if weights is None:
         return small
-    for pattern in _WEIGHTS:
+    for pattern in weights:
         chosen = [f for f in files if re.fullmatch(pattern, f)]
         if chosen:
             return small + chosen

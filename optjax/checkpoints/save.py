@@ -21,6 +21,7 @@ from optjax.checkpoints.flax_writer import write_flax
 from optjax.checkpoints.lazy import LazyTensor
 from optjax.checkpoints.quantized import config_entry
 from optjax.checkpoints.safetensors_writer import write_safetensors
+from optjax.lora.weight import check_not_adapted
 from optjax.offloading import check_not_offloaded
 from optjax.params import Params
 
@@ -71,6 +72,7 @@ def save_params(
     if format not in _FORMATS:
         raise ValueError(f"no format {format!r} to write; there are: {', '.join(_FORMATS)}")
     check_not_offloaded(params, "save_params does not read them")
+    check_not_adapted(params, "save_adapters writes, and save_params does not")
     leaves = jax.tree.leaves(params)
     if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray | LazyTensor) for x in leaves):
         raise ValueError("params hold something that is no array of values (abstract_params? inside jit?)")

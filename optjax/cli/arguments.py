@@ -59,6 +59,7 @@ def add_model(group: Any) -> None:
     text = "of weights and computation (default: float32 on CPU, bfloat16 on GPU and TPU)"
     add("--dtype", choices=DTYPES, help=text)
     add_quantize(add)
+    add_adapter(add, "a LoRA adapter to use with the model, which may be quantized: a folder of PEFT's, or a hub id")
     text = "spread the model over devices: tensor=4, or fsdp=2,tensor=4; -1 stands for all that are left (one device)"
     add("--mesh", metavar="AXES", help=text)
     text = (
@@ -72,6 +73,10 @@ def add_model(group: Any) -> None:
 
 def add_revision(add: Any) -> None:
     add("--revision", metavar="NAME", help="branch, tag or commit, where SOURCE is a hub id")
+
+
+def add_adapter(add: Any, text: str) -> None:
+    add("--adapter", metavar="SOURCE", help=text)
 
 
 def add_quantize(add: Any) -> None:
@@ -106,6 +111,8 @@ def check_offload(arguments: argparse.Namespace) -> None:
       UsageError: it does not.
     """
     if arguments.offload == "disk":
+        if arguments.adapter is not None:
+            raise UsageError("--offload disk does not go with --adapter: merge it first (optjax convert --adapter)")
         if arguments.mesh is not None:
             raise UsageError("--offload disk does not go with --mesh: it reads for one device")
         if arguments.quantize is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optjax.cli import terminal
-from optjax.cli.arguments import DTYPES, add_quantize, add_revision, quantization
+from optjax.cli.arguments import DTYPES, add_adapter, add_quantize, add_revision, quantization
 from optjax.cli.terminal import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ examples:
   optjax convert opt-13b opt-13b-bf16 --dtype bfloat16 --max-shard-size 2GB
   optjax convert opt-125m opt-125m-flax --format flax
   optjax convert opt-30b opt-30b-int8 --quantize int8
+  optjax convert opt-1.3b opt-1.3b-chat --adapter ./my-lora
 
 DEST appears when all of it is written; a failure leaves nothing behind.
 """
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("safetensors", "flax"), default="safetensors", help="to write (default: safetensors)")
     add("--dtype", choices=DTYPES, help="cast the weights (default: as they are)")
     add_quantize(add)
+    add_adapter(add, "a LoRA adapter to merge into the weights: a folder of PEFT's, or a hub id")
     add("--head", choices=HEADS, help="the head to keep, base for none (default: the checkpoint's)")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 500MB (default: 5GB)")
     text = "a published size's name or a config.json, where the checkpoint has none or a wrong one"
@@ -107,6 +109,11 @@ def _open(path: Path, arguments: argparse.Namespace) -> Opened:
     from optjax.checkpoints.open import open_checkpoint
 
     try:
+        if arguments.adapter is not None:
+            from optjax.lora.files import load_adapters
+            from optjax.lora.in_files import open_merged
+
+            return open_merged(path, arguments.head, _config(arguments.config), load_adapters(arguments.adapter))
         return open_checkpoint(path, arguments.head, _config(arguments.config))
     except (CheckpointError, FileNotFoundError) as error:
         text = str(error).replace("pass key=jax.random.key(0) to create one", "choose another --head")

@@ -33,6 +33,7 @@ examples:
   optjax generate --stop "\\n\\n" "Question: why is the sea salt?\\nAnswer:"
   optjax generate --model facebook/opt-6.7b --quantize int8 "The sea"
   optjax generate --model ./opt-66b --offload disk -n 20 "The sea"
+  optjax generate --model facebook/opt-6.7b --quantize nf4 --adapter ./my-lora "The sea"
   echo "It was a dark night" | optjax generate
   optjax generate --file prompts.txt --jsonl > answers.jsonl
 

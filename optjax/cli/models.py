@@ -49,6 +49,8 @@ def load(arguments: argparse.Namespace) -> Model:
         quantization=quantization(arguments),
         offload=arguments.offload,
     )
+    if arguments.adapter is not None:
+        params = optjax.with_adapters(params, optjax.load_adapters(arguments.adapter))
     source = getattr(arguments, "assistant_model", None)
     assistant = None
     if source is not None:
@@ -60,6 +62,8 @@ def _title(arguments: argparse.Namespace, params: optjax.Params, dtype: str) -> 
     size = f"{optjax.count_params(params.config) / 1e6:,.1f}M parameters, {dtype} on {jax.default_backend()}"
     if params.quantization is not None:
         size = size.replace(f", {dtype}", f", {params.quantization.kind} for {dtype}")
+    if arguments.adapter is not None:
+        size += f", adapter {arguments.adapter}"
     if arguments.mesh is not None:
         size += f", {arguments.mesh}"
     if arguments.offload is not None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from optjax.config import OPTConfig
 from optjax.declaration import Axis, Weight, declare
+from optjax.lora.weight import check_not_adapted
 from optjax.params import Params, build_params
 from optjax.placed import platform
 from optjax.quantization.codes import KINDS
@@ -94,6 +95,7 @@ def quantize(params: Params, quantization: str | Quantization = "int8") -> Param
     if is_quantized(params):
         raise ValueError("these params are quantized already; dequantize them first, or load them anew")
     _check_not_offloaded(params)
+    check_not_adapted(params, "are not quantized with them")
 
     def leaf(weight: Weight, layer: int | None) -> Any:
         array = _get(params, weight, layer)
@@ -111,6 +113,7 @@ def dequantize(params: Params, dtype: Any = None) -> Params:
     if not is_quantized(params):
         raise ValueError("these params are not quantized")
     _check_not_offloaded(params)
+    check_not_adapted(params, "are not dequantized with them")
 
     def leaf(weight: Weight, layer: int | None) -> Any:
         array = _get(params, weight, layer)
@@ -140,8 +143,9 @@ def quantization_of(params: Params) -> Quantization | None:
     if params.offload is not None:
         return params.offload.quantization
     layers = params.weights["layers"]
-    weight = (layers if params.stacked else layers[0])["fc1"]["weight"]
-    if not isinstance(weight, QuantizedWeight):
+    leaves = jax.tree.leaves(layers if params.stacked else layers[0], is_leaf=lambda x: isinstance(x, QuantizedWeight))
+    weight = next((leaf for leaf in leaves if isinstance(leaf, QuantizedWeight)), None)
+    if weight is None:
         return None
     return Quantization(weight.kind) if weight.kind == "int8" else Quantization(weight.kind, weight.group_size)
 
