@@ -45,10 +45,16 @@ class Labels:
         made = np.zeros((len(rows), len(self.names)), np.float32)
         for line, row in zip(made, rows, strict=True):
             if len(self.columns) > 1:
-                line[:] = [_yes(row, name) for name in self.columns]
+                for name in self.columns:
+                    line[self._index(name, row)] = _yes(row, name)
             else:
                 line[[self._index(label, row) for label in _several(row, self.columns[0], self.separator)]] = 1
         return made
+
+    def given(self, rows: Sequence[Row]) -> bool:
+        """Whether all rows have labels; one that is empty says nothing, or of several labels that none holds."""
+        missing = (None,) if self.problem_type == MULTI else (None, "")
+        return all(row.fields.get(name) not in missing for row in rows for name in self.columns)
 
     def _index(self, label: str, row: Row) -> int:
         if label not in self.names:
@@ -148,3 +154,10 @@ def _yes(row: Row, name: str) -> float:
     if found not in (0.0, 1.0):
         raise ValueError(f"{row.where}: {name!r} should be 0 or 1, not {row.fields.get(name)!r}")
     return float(found or 0)
+
+
+def as_before(labels: Labels, names: Sequence[str] | None) -> Labels:
+    """Labels in the order of a model that has learned them already, and perhaps others: it goes on with its head."""
+    if names is None or labels.problem_type == REGRESSION or not set(labels.names) <= set(names):
+        return labels
+    return dataclasses.replace(labels, names=tuple(names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from optjax.config import OPTConfig
@@ -35,3 +36,8 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int, longest: int,
     for line, row in zip(made, rows, strict=True):
         line[: len(row)] = row
     return made
+
+
+def several_processes() -> bool:
+    """Whether a batch is made by several: each knows its own rows only, so that their width has to be fixed."""
+    return jax.process_count() > 1

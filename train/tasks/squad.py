@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about a context; ``answers`` are texts and the characters they start at.
+    """A question about a context; ``answers`` are texts and the characters they start at, ``title`` is of the article.
 
     None is left where the file says that the question cannot be answered. ``labelled`` is false where it does not say.
     """
@@ -43,8 +43,8 @@ def read_squad(path: str | Path) -> list[Question]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
         questions = [
-            _question(path, article.get("title", ""), paragraph["context"], each)
-            for article in found["data"]
+            _question(path, article.get("title") or f"article {i}", paragraph["context"], each)
+            for i, article in enumerate(found["data"], 1)
             for paragraph in article["paragraphs"]
             for each in paragraph["qas"]
         ]

@@ -1,4 +1,4 @@
-"""Rows of a CSV, TSV, JSON or JSON Lines file, each with the place it stands at."""
+"""Rows of a CSV, TSV, JSON or JSON Lines file, each with the place it stands at; and rows into such files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +102,37 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows, which need not all have the same fields, by the suffix: ``.jsonl``, ``.csv`` or ``.tsv``.
+
+    In a table a list or an object is written as JSON, and what is None or missing as nothing.
+    """
+    path, rows = Path(path), list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, list(names), dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in row.items()})
+
+
+def check_writable(path: str | Path) -> Path:
+    """A path whose suffix says how rows are to be written.
+
+    Raises:
+      ValueError: it says nothing that can be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".csv", ".tsv"):
+        raise ValueError(f"{path} should end in .jsonl, .csv or .tsv, which say how it is written")
+    return path
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

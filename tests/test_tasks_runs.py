@@ -1,0 +1,274 @@
+"""The fine-tuning scripts from file to finished model, which transformers and scikit-learn look at."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import transformers
+
+from optjax import OPTConfig, Tokenizer, init_params, load_params, save_params
+from optjax.train import answer, classify, finetune
+from optjax.train.log import read_log
+from optjax.train.options import StepOptions
+from optjax.train.tasks.causal import Fields, collate, encode_examples, packed_rows
+from optjax.train.tasks.language import evaluate
+from optjax.train.tasks.table import Row, read_rows, write_rows
+
+CONFIG = OPTConfig(
+    vocab_size=8192,
+    hidden_size=16,
+    num_hidden_layers=2,
+    ffn_dim=24,
+    num_attention_heads=2,
+    max_position_embeddings=96,
+    dropout=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model of random weights, with opt-mini's tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    save_params(init_params(CONFIG, jax.random.key(0)), folder)
+    Tokenizer.load("opt-mini").save(folder)
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(model, folder, *more):
+    common = ["--model", model, "--run", folder / "run", "--lr", "0.03", "--log-every", "1", "--quiet"]
+    return [str(word) for word in (*common, *more)]
+
+
+# Classification.
+
+WORDS = {"good": "a fine and happy day", "bad": "a dark and dreary night", "odd": "some thing or other there"}
+
+
+def reviews(count, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        label = str(rng.choice(list(WORDS)))
+        text = " ".join(rng.choice(WORDS[label].split(), rng.integers(3, 9)))
+        tags = [label] + (["short"] if len(text) < 20 else [])
+        yield {"text": text, "label": label, "tags": "|".join(tags), "stars": len(text) / 10 + 0.5}
+
+
+KINDS = {
+    "single_label_classification": ["--label-column", "label"],
+    "multi_label_classification": ["--label-column", "tags", "--label-separator", "|"],
+    "regression": ["--label-column", "stars"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_classifier_is_that_of_transformers(small, tmp_path, kind):
+    write_rows(tmp_path / "data.csv", reviews(64))
+    more = ["--data", tmp_path / "data.csv", "--epochs", "3", "--batch-size", "8", *KINDS[kind]]
+    classify.main(command(small, tmp_path, *more, "--validation-fraction", "0.2"))
+    run = tmp_path / "run"
+    model = transformers.OPTForSequenceClassification.from_pretrained(run / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    names = list(model.config.id2label.values())
+    assert model.config.problem_type == kind
+    said = lines(run / "predictions.jsonl")
+    assert len(said) == 13
+    with torch.no_grad():
+        logits = np.stack([model(**tokenizer(row["text"], return_tensors="pt")).logits[0].numpy() for row in said])
+    found = json.loads((run / "metrics.json").read_text())
+    if kind == "regression":
+        np.testing.assert_allclose([row["prediction"] for row in said], logits[:, 0], rtol=1e-4, atol=1e-5)
+        wanted = sklearn.metrics.mean_squared_error([float(row["stars"]) for row in said], logits[:, 0])
+        assert found["mse"] == pytest.approx(wanted, rel=1e-4) == pytest.approx(found["loss"], rel=1e-4)
+        best = min
+    else:
+        single = kind.startswith("single")
+        shares = torch.softmax(torch.tensor(logits), 1) if single else torch.sigmoid(torch.tensor(logits))
+        ours = [[row["probability"][name] for name in names] for row in said]
+        np.testing.assert_allclose(ours, shares, rtol=1e-4, atol=1e-5)
+        if single:
+            true, predicted = ([row[name] for row in said] for name in ("label", "prediction"))
+            assert names == sorted(WORDS) and predicted == [names[i] for i in logits.argmax(1)]
+        else:
+            true = [[name in row["tags"].split("|") for name in names] for row in said]
+            predicted = [[name in row["prediction"] for name in names] for row in said]
+            assert names == sorted([*WORDS, "short"])
+        assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, predicted)) and len(
+            found["labels"]
+        ) == len(names)
+        best = max
+    figure = {"regression": "mse", "multi_label_classification": "f1_micro"}.get(kind, "accuracy")
+    logged = [entry[f"validation_{figure}"] for entry in read_log(run) if f"validation_{figure}" in entry]
+    assert len(logged) == 3 and found[figure] == pytest.approx(best(logged), rel=1e-5)
+    # The finished model over the same rows says the same.
+    write_rows(tmp_path / "new.jsonl", ({"text": row["text"]} for row in said))
+    predict = ["--model", str(run / "model"), "--predict", str(tmp_path / "new.jsonl"), "--quiet"]
+    classify.main([*predict, "--predictions", str(tmp_path / "said.csv")])
+    again = [row.fields["prediction"] for row in read_rows(tmp_path / "said.csv")]
+    assert again == [json.dumps(v) if isinstance(v, list) else str(v) for v in (row["prediction"] for row in said)]
+
+
+def test_a_run_over_devices_is_that_of_one(small, tmp_path):
+    write_rows(tmp_path / "data.csv", reviews(32))
+    losses = []
+    for name, more in (("one", []), ("eight", ["--mesh", "fsdp=4,tensor=2", "--stacked", "--micro-batches", "2"])):
+        (tmp_path / name).mkdir()
+        data = ["--data", tmp_path / "data.csv", "--epochs", "1", "--batch-size", "8"]
+        classify.main(command(small, tmp_path / name, *data, *more))
+        losses.append([entry["loss"] for entry in read_log(tmp_path / name / "run") if "loss" in entry])
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+# Causal language modelling.
+
+PAIRS = [{"prompt": f"{color} is", "completion": f" {kind}"} for color, kind in
+         (("Red", "a warm color."), ("Blue", "cold"), ("The green of leaves", "neither"), ("Grey", "none at all"))]  # fmt: skip
+
+
+def test_the_loss_is_that_of_transformers_packed_or_not(small):
+    """The mean over all completions' tokens, whatever rows they share."""
+    tokenizer, params = Tokenizer.load(small), load_params(small)
+    examples = encode_examples([Row(pair, "row") for pair in PAIRS], tokenizer, Fields(), 24)
+    model = transformers.OPTForCausalLM.from_pretrained(small).eval()
+    total, count = 0.0, 0
+    for pair in PAIRS:
+        prompt = tokenizer.encode(pair["prompt"])
+        completion = [*tokenizer.encode(pair["completion"], add_special_tokens=False), 2]
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        with torch.no_grad():
+            total += model(torch.tensor([prompt + completion]), labels=labels).loss.item() * len(completion)
+        count += len(completion)
+
+    def pad(rows):
+        return collate(rows, 1, 24, fixed=False)
+
+    packed = packed_rows(examples, 24, 1)
+    assert len(packed) < len(examples)
+    for rows, batch_size in ((packed, 4), ([example.arrays() for example in examples], 3)):
+        found = evaluate(params, rows, pad, batch_size, StepOptions())
+        assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
+
+
+def test_a_language_model_learns_its_completions(small, tmp_path):
+    write_rows(tmp_path / "data.jsonl", PAIRS * 8)
+    more = ["--data", tmp_path / "data.jsonl", "--validation", tmp_path / "data.jsonl", "--epochs", "40"]
+    more += ["--eval-every", "40", "--max-length", "24", "--batch-size", "4", "--max-new-tokens", "8"]
+    finetune.main(command(small, tmp_path, *more))
+    run = tmp_path / "run"
+    said = lines(run / "predictions.jsonl")
+    model = transformers.OPTForCausalLM.from_pretrained(run / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    for pair, row in zip(PAIRS, said, strict=False):
+        ids = tokenizer(pair["prompt"], return_tensors="pt")["input_ids"]
+        made = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
+        assert row["prediction"] == tokenizer.decode(made, skip_special_tokens=True) == pair["completion"]
+    # A finished model over other prompts, and what is not learned: the prompts.
+    predict = ["--model", run / "model", "--predict", tmp_path / "data.jsonl", "--max-new-tokens", "8", "--quiet"]
+    finetune.main([str(word) for word in predict])
+    assert [row["prediction"] for row in lines(tmp_path / "data.predictions.jsonl")] == [
+        pair["completion"] for pair in PAIRS
+    ] * 8
+    assert json.loads((run / "metrics.json").read_text())["loss"] < 0.1
+
+
+# Question answering.
+
+CONTEXTS = [f"The {thing} of {name} stood at the {place} of the old road, where nobody went." for thing, name, place in
+            (("house", "Anna", "end"), ("tree", "Mary", "bend"), ("stone", "Jane", "side"), ("mill", "Ruth", "foot"))]  # fmt: skip
+
+
+def questions(folder, without=()):
+    """Who and where, of each context; those whose number is among ``without`` have no answer."""
+    data, number = [], 0
+    for i, context in enumerate(CONTEXTS):
+        asked = []
+        for question, answer_ in (("Whose was it?", context.split()[3]), ("Where was it?", context.split()[7])):
+            given = [] if number in without else [{"text": answer_, "answer_start": context.index(answer_)}]
+            asked.append({"id": str(number), "question": question, "answers": given, "is_impossible": not given})
+            number += 1
+        data.append({"title": f"t{i}", "paragraphs": [{"context": context, "qas": asked}]})
+    (folder / "squad.json").write_text(json.dumps({"version": "2", "data": data}))
+    return folder / "squad.json"
+
+
+def test_answers_are_those_of_transformers_pipeline(small, tmp_path):
+    data = questions(tmp_path)
+    more = ["--data", data, "--validation", data, "--epochs", "30", "--eval-every", "30", "--batch-size", "4"]
+    answer.main(command(small, tmp_path, *more, "--max-length", "64", "--doc-stride", "4", "--max-answer-length", "6"))
+    run = tmp_path / "run"
+    said = lines(run / "predictions.jsonl")
+    model = transformers.OPTForQuestionAnswering.from_pretrained(run / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    for row, context in zip(said, np.repeat(CONTEXTS, 2), strict=True):
+        inputs = tokenizer(row["question"], context, return_tensors="pt", return_offsets_mapping=True)
+        offsets, inside = inputs.pop("offset_mapping")[0], np.array([id == 1 for id in inputs.sequence_ids(0)])
+        with torch.no_grad():
+            out = model(**inputs)
+        start, end = (np.where(inside, logits[0].numpy(), -np.inf) for logits in (out.start_logits, out.end_logits))
+        sums = np.triu(start[:, None] + end[None]) - np.tril(np.full((len(start),) * 2, np.inf), -1)
+        sums = np.where(np.triu(np.ones_like(sums), 6) > 0, -np.inf, sums)
+        i, j = np.unravel_index(np.argmax(sums), sums.shape)
+        assert row["answer"] == context[offsets[i][0] : offsets[j][1]].strip()
+        assert row["nbest"][0]["score"] == pytest.approx(sums[i, j], rel=1e-4)
+    found = json.loads((run / "metrics.json").read_text())
+    assert found["exact_match"] > 60 and found["f1"] >= found["exact_match"]
+    # SQuAD's own format of answers.
+    predict = ["--model", run / "model", "--predict", data, "--predictions", tmp_path / "said.json", "--quiet"]
+    predict += ["--doc-stride", "4", "--max-answer-length", "6"]
+    answer.main([str(word) for word in predict])
+    assert json.loads((tmp_path / "said.json").read_text()) == {row["id"]: row["answer"] for row in said}
+
+
+def test_some_questions_have_no_answer(small, tmp_path):
+    data = questions(tmp_path, without=(1, 4, 6))
+    more = ["--data", data, "--validation", data, "--epochs", "1", "--doc-stride", "4", "--null-threshold", "-99"]
+    answer.main(command(small, tmp_path, *more))
+    assert all(row["answer"] == "" and "null_odds" in row for row in lines(tmp_path / "run" / "predictions.jsonl"))
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["exact_match"] == 37.5 and found["no_answer_f1"] == 100 and found["has_answer_f1"] == 0
+
+
+# What is wrong is said before anything is compiled.
+
+
+@pytest.mark.parametrize(
+    "script, more, message",
+    [
+        (classify, ["--text-column", "words"], "no column 'words'; it has 'text', 'label'"),
+        (classify, ["--label-column", "none"], "data.csv, line 2 has no label: 'none' is empty"),
+        (classify, ["--max-length", "200"], "--max-length 200 should be at least 2 and at most max_position_emb"),
+        (classify, ["--max-length", "3"], "the limit is 3: give --too-long cut"),
+        (classify, ["--problem-type", "regression"], "'label' should be a number"),
+        (classify, ["--lora-alpha", "3"], "--lora-alpha needs --lora-r"),
+        (classify, ["--predict", "nowhere.csv"], "no file nowhere.csv"),
+        (classify, ["--batch-size", "9", "--micro-batches", "2"], "2 micro-batches"),
+        (classify, ["--validation-fraction", "0.99"], "--validation FILE"),
+        (finetune, ["--text-field", "words"], "line 2 has neither 'completion' nor 'words'"),
+        (finetune, ["--predict", "DATA", "--predictions", "x.txt"], "x.txt should end in .jsonl, .csv or .tsv"),
+        (answer, [], "is not JSON"),
+    ],
+)
+def test_wrong_options_say_so_without_a_traceback(small, tmp_path, capsys, script, more, message):
+    write_rows(tmp_path / "data.csv", ({**row, "none": ""} for row in reviews(12)))
+    more = [str(tmp_path / "data.csv") if word == "DATA" else word for word in more]
+    with pytest.raises(SystemExit) as stopped:
+        script.main(command(small, tmp_path, "--data", tmp_path / "data.csv", *more))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_model_predicts_nothing(small, tmp_path, capsys):
+    write_rows(tmp_path / "data.csv", reviews(2))
+    for script, message in ((classify, "is it a finished classifier"), (answer, "qa_outputs")):
+        data = tmp_path / "data.csv" if script is classify else questions(tmp_path)
+        with pytest.raises(SystemExit):
+            script.main(["--model", str(small), "--predict", str(data), "--doc-stride", "4"])
+        assert message in capsys.readouterr().err

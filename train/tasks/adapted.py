@@ -1,0 +1,64 @@
+"""LoRA and QLoRA as the loop sees them: adapters in the state, the frozen model beside it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from optjax import LoraConfig, OPTConfig, Params, init_adapters, merge_adapters, save_adapters, with_adapters
+
+from ..adapters import AdapterState, adapter_step, init_adapter_state
+from ..optimizer import Recipe
+from ..options import StepOptions
+from ..placing import place_batch
+from .source import load_weights
+from .trained import Batch
+
+ADAPTER = "adapter"
+
+
+class LowRank:
+    """Adapters beside a frozen model, which may be quantized; see `Trained`."""
+
+    def __init__(self, args: argparse.Namespace, config: OPTConfig, head: str, options: StepOptions):
+        self._args, self._config, self._head, self._options = args, config, head, options
+        self.params = load_weights(args, config, head, args.quantize)
+        lora = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha or 2 * args.lora_r,
+            lora_dropout=args.lora_dropout,
+            target_modules=_targets(args.lora_target),
+            base_model_name_or_path=str(args.model),
+        )
+        adapters = init_adapters(self.params, lora, jax.random.key(args.seed))
+        self._first = init_adapter_state(adapters, options)
+        self.target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self._first
+        )
+        said = {name: value for name, value in lora.to_dict().items() if value}
+        self.about: dict[str, Any] = {"stacked": args.stacked, "quantize": args.quantize, "lora": said}
+
+    def init(self) -> AdapterState:
+        return self._first
+
+    def make_step(self, recipe: Recipe, batch_size: int, seed: int):
+        def step(state: AdapterState, batch: Batch) -> tuple[AdapterState, dict]:
+            placed = place_batch(batch, self.params, batch_size)
+            return adapter_step(state, self.params, placed, recipe, seed, self._options)
+
+        return step
+
+    def model(self, state: AdapterState) -> Params:
+        return with_adapters(self.params, state.adapters)
+
+    def finished(self, state: AdapterState, folder: Path) -> Params:
+        save_adapters(state.adapters, folder / ADAPTER)
+        whole = self.params if self._args.quantize is None else load_weights(self._args, self._config, self._head)
+        return merge_adapters(whole, state.adapters)
+
+
+def _targets(names: list[str] | None) -> list[str] | str | None:
+    return names[0] if names == ["all-linear"] else names

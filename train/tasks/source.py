@@ -1,0 +1,89 @@
+"""The model that is fine-tuned: its config with the task's labels, its tokenizer, its weights under the task's head."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from optjax import OPTConfig, Params, Tokenizer, load_params
+from optjax.checkpoints.hub import resolve_source
+from optjax.sharding import make_mesh
+
+
+def load_config(args: argparse.Namespace) -> OPTConfig:
+    """The config of ``--model``, with ``--dropout``; of a hub's model nothing else is fetched.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none.
+    """
+    config = OPTConfig.from_json(Path(resolve_source(args.model, weights=False)))
+    return config if args.dropout is None else config.replace(dropout=args.dropout)
+
+
+def load_tokenizer(args: argparse.Namespace, config: OPTConfig) -> Tokenizer:
+    """The tokenizer of ``--tokenizer`` or ``--model``.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it has more entries than the model.
+    """
+    tokenizer = Tokenizer.load(args.tokenizer or args.model)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {args.tokenizer or args.model} has {tokenizer.vocab_size} entries, the model only "
+            f"{config.vocab_size}"
+        )
+    return tokenizer
+
+
+def load_weights(
+    args: argparse.Namespace, config: OPTConfig, head: str, quantize: str | None = None, *, finished: bool = False
+) -> Params:
+    """The weights in float32, or quantized, over ``--mesh``.
+
+    A head that the model does not have is new, by ``--seed``; where the model should be ``finished`` it is an error.
+
+    Raises:
+      FileNotFoundError, ValueError: as `optjax.load_params`.
+    """
+    return load_params(
+        args.model,
+        "float32",
+        head,
+        None if args.mesh is None else make_mesh(args.mesh),
+        args.rules,
+        key=None if finished else jax.random.key(args.seed),
+        stacked=args.stacked,
+        config=config,
+        quantization=quantize,
+    )
+
+
+def pad_id(config: OPTConfig, tokenizer: Tokenizer) -> int:
+    """What rows are padded with; masked, or after the text, so that any id will do."""
+    found = (tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id)
+    return next(id for id in found if id is not None)
+
+
+def with_labels(config: OPTConfig, problem_type: str, names: Sequence[str]) -> OPTConfig:
+    """The config of a classifier, its labels in ``id2label`` as Hugging Face has them."""
+    entries: dict[str, Any] = {
+        "num_labels": len(names),
+        "problem_type": problem_type,
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    return OPTConfig.from_dict(config.to_dict() | entries)
+
+
+def labels_of(config: OPTConfig) -> tuple[str, ...] | None:
+    """The names that a classifier's config has for its labels; None where they are ``LABEL_0``, … or missing."""
+    found = dict(config.extra).get("id2label")
+    named: Mapping[str, str] = json.loads(found) if found else {}
+    names = tuple(named.get(str(i), "") for i in range(config.num_labels))
+    unnamed = all(name in ("", f"LABEL_{i}") for i, name in enumerate(names))
+    return None if unnamed or len(named) != config.num_labels else names

@@ -1,0 +1,144 @@
+"""The run that the three fine-tuning scripts share: a task goes in, its best model comes out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from optjax import OPTConfig, Params, Tokenizer
+
+from .. import settings
+from ..checkpoint import Checkpoints
+from ..data import open_examples
+from ..export import export
+from ..loop import Job, run
+from ..options import StepOptions
+from ..placing import rows
+from ..state import check_batch
+from . import flags
+from .adapted import LowRank
+from .trained import AllWeights, Trained
+
+MODEL = "model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learned, and how well.
+
+    Attributes:
+      name: of the script.
+      config, tokenizer: of the model, the config with the task's labels.
+      head: as of `optjax.load_params`.
+      examples: to train on; each a row of a batch, before it is padded.
+      collate: examples to a batch of arrays.
+      longest: tokens of the longest row that a batch may have.
+      evaluate: figures of the validation data; None where there is none.
+      better: the figure by which the best checkpoint is chosen, and ``"max"`` or ``"min"``.
+      sample: texts that the model writes.
+      about: what else the run's folder should remember.
+    """
+
+    name: str
+    config: OPTConfig
+    tokenizer: Tokenizer
+    head: str
+    examples: Sequence[dict[str, Any]]
+    collate: Callable[[list[dict[str, Any]]], dict[str, np.ndarray]]
+    longest: int
+    evaluate: Callable[[Params], dict[str, float]] | None
+    better: tuple[str, str]
+    sample: Callable[[Params], list[str]] | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def train(args: argparse.Namespace, task: Task) -> Params | None:
+    """Trains, or goes on with what the folder ``args.run`` holds, and writes the best model to ``model/`` in it.
+
+    Returns:
+      That model; None where the run was interrupted before its end.
+
+    Raises:
+      ValueError: something does not fit together, said before anything is compiled; or the folder holds another run.
+    """
+    options = flags.step_options(args)
+    per_epoch = len(task.examples) / args.batch_size
+    total = max(1, math.ceil(args.epochs * per_epoch))
+    recipe = flags.recipe(args, total)
+    loop = flags.loop_options(args, total, max(1, round(per_epoch)))
+    trained = _trained(args, task, options)
+    check_batch(trained.params, args.batch_size, task.longest, options)
+    loader = open_examples(
+        task.examples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        rows=rows(trained.params, args.batch_size),
+        collate=task.collate,
+    )
+    tokens = sum(len(example["input_ids"]) for example in task.examples) / len(task.examples)
+    evaluate, sample = task.evaluate, task.sample
+    job = Job(
+        target=trained.target,
+        init=trained.init,
+        step=trained.make_step(recipe, args.batch_size, args.seed),
+        loader=loader,
+        about={"script": task.name, "model": args.model, "config": task.config.to_dict(), "seed": args.seed}
+        | {"examples": len(task.examples)}
+        | trained.about
+        | task.about,
+        tokens_per_step=round(args.batch_size * tokens),
+        evaluate=None if evaluate is None else lambda state: evaluate(trained.model(state)),
+        sample=None if sample is None else lambda state: sample(trained.model(state)),
+        better=None if evaluate is None else task.better,
+    )
+    settings.write(args, args.run)
+    try:
+        state = run(job, args.run, loop)
+    finally:
+        loader.close()
+    if int(state.step) < total:
+        return None
+    if evaluate is not None:
+        with Checkpoints(args.run, name="best") as best:
+            state = best.resume(trained.target).state
+    finished = trained.finished(state, args.run)
+    export(finished, args.run / MODEL)
+    if first_process():
+        task.tokenizer.save(args.run / MODEL)
+    say(args, f"wrote {args.run / MODEL}, of step {int(state.step)}")
+    return finished
+
+
+def _trained(args: argparse.Namespace, task: Task, options: StepOptions) -> Trained:
+    kind = AllWeights if args.lora_r is None else LowRank
+    return kind(args, task.config, task.head, options)
+
+
+def first_process() -> bool:
+    """Whether this one writes what all of them know."""
+    return jax.process_index() == 0
+
+
+def write_json(path: Path, found: Any) -> None:
+    """Of several processes the first writes."""
+    if first_process():
+        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """A line for the person at the terminal."""
+    if not args.quiet and first_process():
+        print(text, file=sys.stderr)
+
+
+def figures(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
