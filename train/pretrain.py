@@ -136,7 +136,7 @@ def resolve(args: argparse.Namespace) -> None:
         args.warmup = min(warmup, max(1, int(WARMUP_FRACTION * args.steps))) if short else warmup
     args.warmup_tokens = None
     if args.run is None:
-        args.run = Path("runs") / Path(args.preset or args.config).name.removesuffix(".json")
+        args.run = Path("runs") / Path(str(args.preset or args.config)).name.removesuffix(".json")
 
 
 def _config(args: argparse.Namespace) -> OPTConfig:

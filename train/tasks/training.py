@@ -17,7 +17,7 @@ import numpy as np
 from optjax import OPTConfig, Params, Tokenizer
 
 from .. import settings
-from ..checkpoint import Checkpoints
+from ..checkpoint import Checkpoints, remember_run
 from ..data import open_examples
 from ..export import export
 from ..loop import Job, run
@@ -100,7 +100,8 @@ def train(args: argparse.Namespace, task: Task) -> Params | None:
         sample=None if sample is None else lambda state: sample(trained.model(state)),
         better=None if evaluate is None else task.better,
     )
-    settings.write(args, args.run)
+    remember_run(args.run, job.about)  # before the settings of another run are written over
+    settings.write(settings.resolved(args), args.run)
     try:
         state = run(job, args.run, loop)
     finally:
