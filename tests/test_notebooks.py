@@ -86,6 +86,21 @@ def test_decoding_runs(tmp_path):
     assert int(passes["prompt lookup"]) < int(passes["greedy"]) == 40 and len(passes) == 7
 
 
+def test_pretrain_runs(tmp_path, monkeypatch):
+    """A few steps; it is killed half way, and learns all the same."""
+    monkeypatch.setenv("OPTJAX_NOTEBOOK_STEPS", "24")
+    cells = execute(COLAB / "pretrain.ipynb", tmp_path)
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1
+    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    killed = int(re.findall(r"killed after step (\d+) of 24", said)[0])
+    steps = [int(step) for step in re.findall(r"^step (\d+):", said, re.MULTILINE)]
+    assert 12 <= killed < 24 and steps[-1] == 24 and 3 < steps[0] <= killed + 1
+    [(first, last)] = re.findall(r"^loss ([\d.]+) -> ([\d.]+)$", said, re.MULTILINE)
+    assert float(last) < float(first) - 2
+
+
 def test_generate_runs(tmp_path):
     cells = execute(COLAB / "generate.ipynb", tmp_path)
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
