@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -80,17 +79,19 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def splits_at_lines(tokenizer: Any) -> bool:
+def splits_at_lines(state: dict[str, Any]) -> bool:
     """Whether a text may be tokenized in parts, cut before an end of line that follows a printed ASCII character.
 
     In GPT-2's rules for words, which OPT has, no word holds both; with other rules, or with special tokens that swallow
     the space beside them, a text is tokenized whole.
+
+    Args:
+      state: the tokenizer's JSON.
     """
-    state = json.loads(tokenizer.to_str())
     words = state["pre_tokenizer"] or {}
+    rules = words.get("type"), words.get("use_regex", True), words.get("add_prefix_space")
     return (
         state["normalizer"] is None
-        and (words.get("type"), words.get("use_regex", True), words.get("add_prefix_space"))
-        == ("ByteLevel", True, False)
+        and rules == ("ByteLevel", True, False)
         and not any(token["lstrip"] or token["rstrip"] or "\n" in token["content"] for token in state["added_tokens"])
     )

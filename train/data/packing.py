@@ -29,6 +29,7 @@ from .store import ABOUT, BLOCK_LENGTH, Shard, checksum, read_about, shard_name,
 from .store import write_records as write_shard
 
 UNFINISHED = "packing.json"
+_NOTHING = "nothing to pack in {}: no document, or all of them are empty"
 Progress = Callable[[int], None]
 
 
@@ -80,18 +81,16 @@ def pack(
     if block_length < 1 or (shard_bytes is not None and shard_bytes < 1) or (workers is not None and workers < 1):
         raise ValueError("expected at least 1 worker, 1 token per block and 1 byte per shard")
     folder = Path(folder)
-    backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
-    backend.no_truncation()
-    backend.no_padding()
+    state = json.loads(tokenizer.backend.to_str()) | {"truncation": None, "padding": None}
+    written = json.dumps(state)
     files = find_files(inputs)
     shard_bytes = shard_bytes or shard_size(files)
-    splits = splits_at_lines(backend)
+    splits = splits_at_lines(state)
     shards = plan(files, text_field, shard_bytes, splits)
     if not shards:
-        raise ValueError(f"nothing to pack in {', '.join(map(str, inputs))}")
-    written = backend.to_str()
+        raise ValueError(_NOTHING.format(", ".join(map(str, inputs))))
     about = {
-        "vocab_size": backend.get_vocab_size(),
+        "vocab_size": tokenizer.backend.get_vocab_size(),
         "eos_token_id": tokenizer.eos_token_id,
         "block_length": block_length,
         "text_field": text_field,
@@ -108,6 +107,8 @@ def pack(
         total = sum(part.size for shard in shards for part in shard)
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         found = _make_all(job, min(workers or count, len(shards)), lambda done: progress(done, total))
+        if not any(shard.tokens for shard in found):
+            raise ValueError(_NOTHING.format(", ".join(map(str, inputs))))
         write_about(folder, found, **about)
         for number in range(len(shards)):
             _info(folder, number).unlink(missing_ok=True)
