@@ -253,9 +253,11 @@ def test_another_text_in_the_folder_is_refused(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("It was raining. " * 9)
     run(tmp_path / "out", tmp_path / "a.txt")
     before = contents(tmp_path / "out")
-    for more in (("--block-length", "9"), ("--text-field", "body")):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.txt").write_text("It was raining. " * 10)
+    for changed, *more in (("a.txt", "--block-length", "9"), ("a.txt", "--text-field", "body"), ("more",)):
         with pytest.raises(SystemExit):
-            run(tmp_path / "out", tmp_path / "a.txt", more=more)
+            run(tmp_path / "out", tmp_path / changed, more=tuple(more))
         assert "holds another packed text" in capsys.readouterr().err
     with packing._alone(tmp_path / "out"), pytest.raises(SystemExit):
         run(tmp_path / "out", tmp_path / "a.txt")

@@ -44,16 +44,11 @@ def encode(
     Args:
       splits: long texts may be cut at their lines; see `splits_at_lines`.
     """
-    for batch in _batches(parts):
-        texts: list[str] = []
-        last: list[bool] = []
-        for part in batch:
-            cut = list(_cut(part.text)) if splits else [part.text]
-            texts += cut
-            last += [False] * (len(cut) - 1) + [part.ends]
+    for batch in _batches(_cut(parts) if splits else parts):
+        texts = [part.text for part in batch]
         rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        for row, ends in zip(rows, last, strict=True):
-            if ends:
+        for row, part in zip(rows, batch, strict=True):
+            if part.ends:
                 row.append(eos_token_id)
         yield np.fromiter(chain.from_iterable(rows), np.int32, sum(map(len, rows))), batch
 
@@ -71,12 +66,13 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield held
 
 
-def _cut(text: str) -> Iterator[str]:
-    start = 0
-    while match := LINE_END.search(text, start + BATCH):
-        yield text[start : match.start() + 1]
-        start = match.start() + 1
-    yield text[start:]
+def _cut(parts: Iterable[Part]) -> Iterator[Part]:
+    for part in parts:
+        start = 0
+        while match := LINE_END.search(part.text, start + BATCH):
+            yield Part(part.text[start : match.start() + 1], size=0, ends=False, empty=False, read=0)
+            start = match.start() + 1
+        yield part._replace(text=part.text[start:])  # what is counted of the part is counted once, here
 
 
 def splits_at_lines(state: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import glob
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     for path in found:
         if kind_of(path) is None:
             raise ValueError(f"{path}: expected .txt, .jsonl (both also .gz or .zst), .parquet or .arrow")
-    repeated = {path for path in found if found.count(path) > 1} if len(set(found)) < len(found) else set()
+    repeated = {path for path, count in Counter(found).items() if count > 1}
     if repeated:
         raise ValueError(f"named twice: {', '.join(map(str, sorted(repeated)))}")
     return found

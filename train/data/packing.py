@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -95,13 +96,15 @@ def pack(
         "block_length": block_length,
         "text_field": text_field,
         "shard_bytes": shard_bytes,
-        "tokenizer": {"name": tokenizer_name, "sha256": hashlib.sha256(written.encode()).hexdigest()},
-        "sources": [{"file": str(path), "size": path.stat().st_size} for path in files],
+        "tokenizer_sha256": hashlib.sha256(written.encode()).hexdigest(),
+        "files": len(files),
+        "files_sha256": _digest([[path.name, path.stat().st_size] for path in files]),
     }
+    named = {"tokenizer": tokenizer_name, "inputs": [str(each) for each in inputs]}
     job = Job(folder, shards, text_field, written, tokenizer.eos_token_id, about["vocab_size"], block_length, splits)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        _check_folder(folder, about, [path.stat().st_mtime_ns for path in files])
+        _check_folder(folder, about, _digest([path.stat().st_mtime_ns for path in files]))
         for left in folder.glob("*.tmp"):
             left.unlink()
         total = sum(part.size for shard in shards for part in shard)
@@ -109,14 +112,18 @@ def pack(
         found = _make_all(job, min(workers or count, len(shards)), lambda done: progress(done, total))
         if not any(shard.tokens for shard in found):
             raise ValueError(_NOTHING.format(", ".join(map(str, inputs))))
-        write_about(folder, found, **about)
+        write_about(folder, found, **named, **about)
         for number in range(len(shards)):
             _info(folder, number).unlink(missing_ok=True)
         (folder / UNFINISHED).unlink(missing_ok=True)
     return read_about(folder)
 
 
-def _check_folder(folder: Path, about: dict[str, Any], times: list[int]) -> None:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _check_folder(folder: Path, about: dict[str, Any], modified: str) -> None:
     """Whether the folder is new, or holds this text or its beginning; says there what is being made.
 
     Raises:
@@ -125,12 +132,12 @@ def _check_folder(folder: Path, about: dict[str, Any], times: list[int]) -> None
     finished = (folder / ABOUT).is_file()
     unfinished = folder / UNFINISHED
     # A change of an input shows in its time, which does not outlive the packing: inputs may be copied.
-    mine = about if finished else about | {"modified": times}
+    mine = about if finished else about | {"modified": modified}
     if finished or unfinished.is_file():
         theirs = read_about(folder) if finished else _read_json(unfinished)
-        differ = [name for name in mine if theirs.get(name) != json.loads(json.dumps(mine[name]))]
+        differ = [name for name in mine if theirs.get(name) != mine[name]]
         if differ:
-            changed = "; ".join(f"{name} was {_short(theirs.get(name))}, is {_short(mine[name])}" for name in differ)
+            changed = "; ".join(f"{name} was {theirs.get(name)!r}, is {mine[name]!r}" for name in differ)
             raise ValueError(f"{folder} holds another packed text ({changed}); remove it, or take another folder")
         if finished:  # its shards are checked like those of an unfinished one, and made again where they are damaged
             for number, shard in enumerate(theirs["shards"]):
@@ -148,11 +155,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, FileNotFoundError):
         found = None
     return found if isinstance(found, dict) else {}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _info(folder: Path, number: int) -> Path:
@@ -224,6 +226,7 @@ _maker: _Maker
 def _start(job: Job, counter: Any) -> None:
     """In a new worker."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c goes to all; the program ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def add(size: int) -> None:
