@@ -1,5 +1,5 @@
 """A small job for the training loop, which has nothing of OPT: a linear model whose steps draw noise, and a loader that
-can plant trouble. As a program it is what the tests of kills run: `python loop_job.py FOLDER '{"total_steps": 8}' '{}'`.
+can plant trouble. As a program, what the tests of kills run: `python loop_job.py FOLDER '{"total_steps": 8}' '{}'`.
 """
 
 from __future__ import annotations

@@ -110,6 +110,12 @@ class Checkpoints:
             _write_sizes(self._path / str(saving))
         return saving is not None
 
+    def sweep(self) -> None:
+        """Removes what saves that did not get through left behind, which a full disk has no room for."""
+        if jax.process_count() == 1:  # of several, others may still be writing
+            for unfinished in self._path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
     def restore(self, target: Any) -> Any:
         """The newest state, each array made where the target's shardings say; see `resume`."""
         return self.resume(target).state

@@ -36,9 +36,10 @@ class Log:
         trackers: Sequence[Tracker] = (),
     ):
         self.path = Path(folder) / FILE
-        self._progress, self._quiet, self._trackers = None, quiet or jax.process_index() > 0, trackers
+        self._progress, self._quiet, self._trackers = None, quiet or jax.process_index() > 0, []
+        self._waiting, self._full = b"", False
         if jax.process_index() > 0:
-            self._file = open(os.devnull, "ab")
+            self._file = open(os.devnull, "ab", buffering=0)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if position is None or not self.path.is_file() or self.path.stat().st_size < position:
@@ -46,9 +47,7 @@ class Log:
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         else:
             os.truncate(self.path, position)
-        self._file = open(self.path, "ab")
-        for tracker in trackers:
-            tracker.begin(first)
+        self._file = open(self.path, "ab", buffering=0)
         if not quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -59,6 +58,8 @@ class Log:
                 more = (TextColumn("{task.fields[line]}"), TimeElapsedColumn(), "left", TimeRemainingColumn())
                 self._progress = Progress(*columns, *more, console=self._console)
                 self._task = self._progress.add_task("step", total=last, completed=first, line="compiling")
+        self._trackers = list(trackers)
+        self._track("begin", first)
 
     def __enter__(self) -> Log:
         if self._progress is not None:
@@ -68,20 +69,18 @@ class Log:
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
-        for tracker in self._trackers:
-            tracker.end()
+        self._track("end")
         self._file.close()
 
     @property
     def position(self) -> int:
-        """The bytes written so far."""
-        return self._file.tell() if jax.process_index() == 0 else 0
+        """Where the next entry begins, in bytes."""
+        return self._file.tell() + len(self._waiting) if jax.process_index() == 0 else 0
 
     def write(self, entry: dict[str, Any]) -> None:
         """Adds an entry of steps; it is in the file when this returns."""
         self._append(entry)
-        for tracker in self._trackers:
-            tracker.write(entry)
+        self._track("write", entry)
         if self._progress is not None:
             self._progress.update(self._task, completed=entry["step"], line=_line(entry))
         validated = any(name.startswith("validation_") for name in entry)
@@ -92,10 +91,9 @@ class Log:
     def event(self, step: int, event: str, text: str, **more: Any) -> None:
         """Adds something that happened, and says so."""
         self._append({"step": step, "event": event, "text": text, **more})
-        for tracker in self._trackers:
-            tracker.event(step, text)
-            if "back_to" in more:
-                tracker.begin(more["back_to"])
+        self._track("event", step, text)
+        if "back_to" in more:
+            self._track("begin", more["back_to"])
         self.say(text)
 
     def at(self, step: int) -> None:
@@ -109,8 +107,24 @@ class Log:
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write((json.dumps(entry) + "\n").encode())
-        self._file.flush()
+        """What a full disk does not take waits for the next entry."""
+        self._waiting += (json.dumps(entry) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self.say(f"{self.path} cannot be written ({error}); its entries wait")
+            self._full = True
+
+    def _track(self, what: str, *arguments: Any) -> None:
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, what)(*arguments)
+            except OSError as error:
+                self._trackers.remove(tracker)
+                self.say(f"no more entries for {type(tracker).__name__}: {error}")
 
 
 def _line(entry: dict[str, Any]) -> str:

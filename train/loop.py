@@ -19,7 +19,7 @@ from .divergence import Diverged, Event, Memory, Spikes, observe, remembered, ro
 from .interrupt import Interrupt
 from .log import Log
 from .meter import Meter
-from .report import write_report
+from .report import try_report
 from .trace import Trace
 from .tracking import make_trackers
 
@@ -169,7 +169,7 @@ def run(job: Job, folder: str | Path, options: LoopOptions) -> Any:
             checkpoints.say = lambda note: log.event(loop.done, "damaged", note)
             loop.go(interrupt)
             if jax.process_index() == 0:
-                log.say(write_report(folder))
+                log.say(try_report(folder))
     return loop.state
 
 
@@ -359,7 +359,8 @@ class _Loop:
     def save_failed(self, error: Exception, raises: bool = False) -> None:
         """A full disk, most often: training goes on, and the checkpoints that are there stay."""
         self.failed_saves += 1
-        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        self.checkpoints.sweep()
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
         text = f"a checkpoint could not be saved ({why}); the last good one is of step {self.checkpoints.latest}"
         self.log.event(self.done, "save failed", text)
         if raises or self.failed_saves >= FAILED_SAVES:

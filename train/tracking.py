@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,32 +68,46 @@ def figures(entry: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in the run's folder `tensorboard`, by tensorboardX."""
+    """Event files in the run's folder `tensorboard`, by tensorboardX: without its `SummaryWriter`, whose thread would
+    hold the run up for ever once the disk is full."""
 
     def __init__(self, folder: str | Path):
-        self._folder, self._writer = Path(folder) / "tensorboard", None
+        self._folder, self._file = Path(folder) / "tensorboard", None
 
     def begin(self, step: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self.end()
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(self._folder / "events"))
+        # TensorBoard leaves out what it read before of this step and later ones.
+        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, entry: dict[str, Any]) -> None:
-        assert self._writer is not None
+        from tensorboardX import summary
+
         for name, value in figures(entry).items():
-            self._writer.add_scalar(name, value, entry["step"])
+            self._add(entry["step"], summary=summary.scalar(name, value))
         for i, text in enumerate(entry.get("samples", ())):
-            self._writer.add_text(f"sample/{i}", text, entry["step"])
+            self._add(entry["step"], summary=summary.text(f"sample/{i}", text))
 
     def event(self, step: int, text: str) -> None:
-        assert self._writer is not None
-        self._writer.add_text("event", text, step)
+        from tensorboardX import summary
+
+        self._add(step, summary=summary.text("event", text))
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        assert self._file is not None
+        self._file.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._file.flush()
 
     def end(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
 
 class WandB:
