@@ -18,6 +18,7 @@ from optjax import LoraConfig, OPTConfig
 from optjax.layer import linear
 from optjax.lora.weight import with_dropout
 from optjax.sharding import make_mesh
+from optjax.train.state import init_state
 
 CONFIG = OPTConfig(
     vocab_size=43,
@@ -305,6 +306,7 @@ def first(arrays):
         ),
         (lambda p, f: optjax.save_params(optjax.with_adapters(p, random_adapters(p)), f), "save_adapters writes"),
         (lambda p, f: optjax.quantize(optjax.with_adapters(p, random_adapters(p))), "not quantized with them"),
+        (lambda p, f: init_state(optjax.with_adapters(p, random_adapters(p))), "train by themselves: adapter_step"),
         (lambda p, f: optjax.unmerge_adapters(p, random_adapters(p, bias="all")), "hold all of .*bias"),
         (lambda p, f: optjax.load_adapters(f), "holds no adapter: looked for adapter_config.json"),
         (with_bad_file(lambda c, t: c.update(use_dora=True)), "adapter_config.json: optjax has no weight-decomposed"),

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from optjax.attention import causal_mask
 from optjax.kernels.flash import Flash
 from optjax.layer import USED_WEIGHT, decoder_layer
+from optjax.lora.weight import check_not_adapted
 from optjax.model import Inputs, embed
 from optjax.offloading import check_not_offloaded
 from optjax.params import Params
@@ -33,8 +34,9 @@ Weights = dict[str, Any]
 
 
 def check_not_quantized(params: Params) -> None:
-    """ValueError for quantized params, whose codes have no gradient, and for offloaded ones."""
+    """ValueError for quantized params, whose codes have no gradient, for offloaded ones and for those with adapters."""
     check_not_offloaded(params, "they do not train")
+    check_not_adapted(params, "train by themselves: adapter_step")
     if params.quantization is not None:
         raise ValueError(
             f"these params are quantized to {params.quantization.kind}, and codes do not train: "
@@ -92,7 +94,9 @@ def batch_loss(
 
         def step(x, each):
             weights, i = each
-            return layer(jax.lax.optimization_barrier(weights), own, x, _fold_in(dropout_key, i)), None
+            # Each by itself: else what is frozen would have a gradient where an adapter beside it has one.
+            weights = jax.tree.map(jax.lax.optimization_barrier, weights)
+            return layer(weights, own, x, _fold_in(dropout_key, i)), None
 
         x, _ = jax.lax.scan(step, x, (params["layers"], jnp.arange(layers)))
     else:

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from optjax.declaration import logical_axes
 from optjax.heads import IGNORE_INDEX
+from optjax.lora.weight import AdaptedWeight
 from optjax.params import Params
 from optjax.placed import cast, constrain, gather, in_parts, parts
+from optjax.quantization.weight import QuantizedWeight
 
 from .options import StepOptions
 
@@ -39,7 +41,11 @@ def summed_loss(params: Params, x: jax.Array, labels: jax.Array, scale: jax.Arra
     chunks = options.chunks_of_loss(length, 4 * rows * vocab)
     axes = logical_axes(config, params.head)[name]["weight"]
     labels = constrain(placement, labels, "batch", "length")
-    return _summed_loss(params[name]["weight"], x, labels, scale, placement, axes, chunks)
+    table = params[name]["weight"]
+    if isinstance(table, QuantizedWeight | AdaptedWeight):  # every chunk needs it whole
+        table = table.dequantize(x.dtype) if isinstance(table, QuantizedWeight) else table.whole(x.dtype)
+        table = table if placement is None else jax.lax.with_sharding_constraint(table, placement.sharding(axes))
+    return _summed_loss(table, x, labels, scale, placement, axes, chunks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -55,6 +61,8 @@ def _summed_loss(table, x, labels, scale, placement: Any, axes, chunks: int) -> 
 
 
 def _with_gradients(table, x, labels, scale, placement, axes, chunks):
+    trained = table.perturbed  # a frozen table gets no gradient, whose sum would take its memory
+    table, x, labels, scale = (each.value for each in (table, x, labels, scale))
     used = _as_used(table, x.dtype, placement, axes)
 
     def add(carry, part):
@@ -63,6 +71,8 @@ def _with_gradients(table, x, labels, scale, placement, axes, chunks):
         d_logits = (d_logits * scale).astype(x.dtype)
         dx = jnp.einsum("btv,ve->bte", d_logits, used, preferred_element_type=x.dtype)
         dx = constrain(placement, dx, "batch", "residual_length", None)
+        if not trained:
+            return (total + nll, sums), dx
         # Each part of the tokens has a sum of its own: else every chunk would be summed over all devices.
         d_logits, x = (in_parts(placement, y) for y in (d_logits, x))
         more = jnp.einsum("pbqtv,pbqte->pqve", d_logits, x, preferred_element_type=jnp.float32)
@@ -70,20 +80,23 @@ def _with_gradients(table, x, labels, scale, placement, axes, chunks):
 
     b, t, e = x.shape
     places = parts(placement, b, "batch"), parts(placement, t // chunks, "length")
-    start = _no_loss(labels, chunks), jnp.zeros((*places, *table.shape), jnp.float32)
-    (total, sums), dx = _over_chunks(add, start, x, labels, chunks)
-    d_table = sums[0, 0] if placement is None else placement.total(sums, axes)
+    sums = jnp.zeros((*places, *table.shape), jnp.float32) if trained else None
+    (total, sums), dx = _over_chunks(add, (_no_loss(labels, chunks), sums), x, labels, chunks)
     dx = constrain(placement, jnp.moveaxis(dx, 0, 2).reshape(b, t, e), "batch", "residual_length", None)
+    if not trained:
+        return total.sum() * scale, (None, dx)
+    d_table = sums[0, 0] if placement is None else placement.total(sums, axes)
     # Left to itself the compiler keeps every device's whole sum until the layers are done.
     return total.sum() * scale, jax.lax.optimization_barrier((d_table.astype(table.dtype), dx))
 
 
 def _scaled(placement, axes, chunks, gradients, cotangent):
     d_table, dx = gradients
-    return d_table * cotangent.astype(d_table.dtype), dx * cotangent.astype(dx.dtype), None, None
+    d_table = None if d_table is None else d_table * cotangent.astype(d_table.dtype)
+    return d_table, dx * cotangent.astype(dx.dtype), None, None
 
 
-_summed_loss.defvjp(_with_gradients, _scaled)
+_summed_loss.defvjp(_with_gradients, _scaled, symbolic_zeros=True)
 
 
 def _chunk(used, x, labels, placement):

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from optjax.heads import causal_lm, cross_entropy
+from optjax.offloading import check_not_offloaded
 from optjax.params import Params
 
-from .backward import batch_loss, check_not_quantized
+from .backward import batch_loss
 from .batches import Batch, check_arrays
 from .head_loss import loss_counts, loss_scales
 from .options import PLAIN, StepOptions
@@ -43,6 +44,7 @@ def evaluate(
     """The loss on batches, without dropout.
 
     Args:
+      params: quantized or not, with adapters or without.
       batches: this process's `rows` of each.
       batch_size: rows of a batch of all processes; by default those of this one.
       bytes_per_token: of the text that was tokenized.
@@ -53,10 +55,10 @@ def evaluate(
       beginning on, so they are a little higher than with a sliding window.
 
     Raises:
-      ValueError: the params are quantized (`next_token_loss` takes those too); there are no batches, or they do not
+      ValueError: the layers are offloaded (`next_token_loss` takes those too); there are no batches, or they do not
         have what the head needs.
     """
-    check_not_quantized(params)
+    check_not_offloaded(params, "losses are not computed")
     found = []
     for batch in batches:
         size = len(next(iter(batch.values()))) if batch_size is None else batch_size

@@ -82,7 +82,7 @@ def unstack_adapters(adapters: Adapters) -> Adapters:
     return dataclasses.replace(adapters, weights=adapters.weights | {"layers": layers})
 
 
-def adapters_shardings(adapters: Adapters, params: Params) -> Any:
+def shardings_of(adapters: Adapters, params: Params) -> Any:
     """The sharding of every array of adapters that lie as the params do: a tree like ``adapters``. Reads no leaf."""
     placement = params.placement
     assert placement is not None
@@ -114,7 +114,7 @@ def place_adapters(adapters: Adapters, params: Params) -> Adapters:
     if params.placement is None:
         return adapters
     put = jax.lax.with_sharding_constraint if _traced(adapters) else jax.device_put
-    return jax.tree.map(put, adapters, adapters_shardings(adapters, params))
+    return jax.tree.map(put, adapters, shardings_of(adapters, params))
 
 
 def _traced(tree: Any) -> bool:

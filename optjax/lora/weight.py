@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.declaration import Axis
+from optjax.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from optjax.params import Params
@@ -65,8 +66,10 @@ class AdaptedWeight:
         return dataclasses.replace(self, base=base, lora_A=a, lora_B=b)
 
     def whole(self, dtype: Any = jnp.float32) -> jax.Array:
-        """``W + scale · B A``, written out, in ``dtype``; W not quantized."""
-        return (self.base.astype(jnp.float32) + delta(self.lora_A, self.lora_B, self.scale)).astype(dtype)
+        """``W + scale · B A``, written out, in ``dtype``."""
+        quantized = isinstance(self.base, QuantizedWeight)
+        base = self.base.dequantize(jnp.float32) if quantized else self.base.astype(jnp.float32)
+        return (base + delta(self.lora_A, self.lora_B, self.scale)).astype(dtype)
 
 
 def delta(a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:

@@ -1,0 +1,239 @@
+"""Training of adapters beside frozen weights: LoRA, and over quantized weights QLoRA (Dettmers et al. 2023).
+
+The frozen base is an argument of the step and no part of the state: no gradient of it is made, no moments are kept, and
+a checkpoint holds the adapters and their moments alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from optjax.lora.adapters import init_adapters
+from optjax.lora.apply import with_adapters
+from optjax.lora.config import LoraConfig
+from optjax.lora.layout import place_adapters, shardings_of
+from optjax.lora.parts import LOW_RANK, Adapters
+from optjax.lora.weight import check_not_adapted
+from optjax.model import with_outer_dropout
+from optjax.offloading import check_not_offloaded
+from optjax.params import Params
+from optjax.placed import constrain
+from optjax.sharding.overlap import compile_overlapped
+
+from .backward import batch_loss
+from .batches import Batch, check_arrays
+from .guard import Guard, after_step, init_guard
+from .head_loss import loss_scales
+from .optimizer import Recipe, learning_rate
+from .options import PLAIN, StepOptions
+from .state import check_batch
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["adapters", "moments", "step", "guard"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class AdapterState:
+    """A pytree: adapters, optax's state for them, the number of finished steps (int32 scalar), and the `Guard`."""
+
+    adapters: Adapters
+    moments: optax.OptState
+    step: jax.Array
+    guard: Guard
+
+
+def init_adapter_state(adapters: Adapters, base: Params, options: StepOptions = PLAIN) -> AdapterState:
+    """A state before its first step; everything lies over devices as the base does.
+
+    Raises:
+      ValueError: adapters of another model or not float32, in which small updates do not vanish; a base that has
+        adapters or whose layers are offloaded; options that are not for adapters.
+    """
+    _check_base(base)
+    _check_options(options)
+    jax.eval_shape(with_adapters, base, adapters)  # whether they fit
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(adapters)}
+    if dtypes != {"float32"}:
+        raise ValueError(f"adapters are trained in float32, these are {', '.join(sorted(dtypes))}")
+    adapters = place_adapters(adapters, base)
+    sharding = None if base.placement is None else _everywhere(base)
+    moments = optimizer(_ANY, adapters).init(adapters)
+    if base.placement is not None:
+        moments = jax.tree.map(jax.device_put, moments, _like_adapters(moments, adapters, base))
+    step = jnp.zeros((), jnp.int32, device=sharding)
+    return AdapterState(adapters, moments, step, init_guard(options, sharding))
+
+
+def abstract_adapter_state(base: Params, config: LoraConfig, options: StepOptions = PLAIN) -> AdapterState:
+    """The state of `init_adapters` as ``jax.ShapeDtypeStruct`` with shardings: for restoring. Reads no leaf.
+
+    Raises:
+      ValueError: as `init_adapters` and `init_adapter_state`.
+    """
+
+    def made(base: Params, key: jax.Array) -> AdapterState:
+        adapters = init_adapters(base, config, key)
+        return AdapterState(adapters, optimizer(_ANY, adapters).init(adapters), jnp.int32(0), init_guard(options))
+
+    _check_base(base)
+    _check_options(options)
+    shapes: Any = jax.eval_shape(made, base, jax.random.key(0))
+    everywhere = jax.tree.map(lambda _: _everywhere(base), shapes)
+    lie = dataclasses.replace(
+        everywhere,
+        adapters=_like_adapters(shapes.adapters, shapes.adapters, base),
+        moments=_like_adapters(shapes.moments, shapes.adapters, base),
+    )
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, lie)
+
+
+def optimizer(recipe: Recipe, adapters: Adapters) -> optax.GradientTransformation:
+    """AdamW after clipping, as of the recipe but for the learning rate, which the step multiplies by.
+
+    Matrices decay, those of the head included; biases and norms do not.
+    """
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        *module, name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return name in LOW_RANK or (name == "weight" and not module[-1].endswith("layer_norm"))
+
+    mask = jax.tree_util.tree_map_with_path(decays, adapters)
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.eps),
+        optax.add_decayed_weights(recipe.weight_decay, mask),
+    )
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
+def adapter_step(
+    state: AdapterState, base: Params, batch: Batch, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
+) -> tuple[AdapterState, dict[str, jax.Array]]:
+    """One update of the adapters on a batch (see `check_arrays`), by the loss of the base's head. The old state's
+    buffers are given up to the new one.
+
+    ``seed`` matters where there is dropout, the model's or ``lora_dropout``: masks are a function of seed and step, and
+    of ``options.micro_batches``. Where the loss or a gradient is not finite, adapters and moments stay as they are, bit
+    for bit, and the step counts all the same.
+
+    Args:
+      base: the frozen params: in any floating dtype or quantized, stacked or not, on a mesh or not.
+
+    Returns:
+      The new state, and the scalars of `train_step`.
+
+    Raises:
+      ValueError: as `train_step`; a base or options as of `init_adapter_state`.
+    """
+    _check_base(base)
+    _check_options(options)
+    check_batch(base, *check_arrays(base, batch), options)
+    config, guard = base.config, state.guard
+    rates = config.dropout, config.attention_dropout, config.layerdrop, state.adapters.config.lora_dropout
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if any(rate > 0 for rate in rates) else None
+    loss_scale = guard.loss_scale if options.scales_loss else jnp.float32(1.0)
+    loss, gradients = loss_and_adapter_gradients(state.adapters, base, batch, key, options, loss_scale)
+    gradients = jax.tree.map(lambda g: g / loss_scale, gradients) if options.scales_loss else gradients
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    rate = learning_rate(recipe, state.step) * guard.lr_scale
+    transform = optimizer(recipe, state.adapters)
+    changes, moments = transform.update(gradients, state.moments, state.adapters)
+    adapters = jax.tree.map(lambda weight, change: weight - rate * change, state.adapters, changes)
+    adapters, moments = jax.tree.map(
+        lambda after, before: jnp.where(finite, after, before), (adapters, moments), (state.adapters, state.moments)
+    )
+    if base.placement is not None:
+        lie = _like_adapters(moments, adapters, base)
+        moments = jax.tree.map(jax.lax.with_sharding_constraint, moments, lie)
+    new = AdapterState(place_adapters(adapters, base), moments, state.step + 1, after_step(guard, finite, options))
+    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+    metrics = {"loss": loss, "grad_norm": norm, "lr": rate, "skipped": skipped, "loss_scale": guard.loss_scale}
+    return new, metrics
+
+
+def loss_and_adapter_gradients(
+    adapters: Adapters,
+    base: Params,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    options: StepOptions,
+    loss_scale: jax.Array | float = 1.0,
+) -> tuple[jax.Array, Adapters]:
+    """`loss_and_gradients`, by the adapters alone; the gradients are those of the loss times ``loss_scale``."""
+    m, scale = options.micro_batches, loss_scales(base, batch) * loss_scale
+
+    def loss(adapters: Adapters, part: Batch, key: jax.Array | None) -> jax.Array:
+        params = with_outer_dropout(with_adapters(base, adapters), key)
+        return batch_loss(params, part, scale, key, options)
+
+    def add(carry: Any, part: Batch, i: Any) -> Any:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(adapters, part, key))
+
+    start = jnp.zeros((), jnp.float32), place_adapters(jax.tree.map(jnp.zeros_like, adapters), base)
+    if m == 1:
+        total, gradients = add(start, dict(batch), 0)
+        return total / loss_scale, place_adapters(gradients, base)
+
+    def in_parts(array: jax.Array) -> jax.Array:
+        b, *rest = array.shape
+        parts = array.reshape(b // m, m, *rest).swapaxes(0, 1)
+        return constrain(base.placement, parts, None, "batch", *(None for _ in rest))
+
+    parts = jax.tree.map(in_parts, dict(batch))
+    (total, gradients), _ = jax.lax.scan(lambda carry, each: (add(carry, *each), None), start, (parts, jnp.arange(m)))
+    return total / loss_scale, place_adapters(gradients, base)
+
+
+def compile_adapter_step(
+    state: AdapterState, base: Params, batch: Batch, recipe: Recipe, seed: int = 0, options: StepOptions = PLAIN
+) -> jax.stages.Compiled:
+    """`adapter_step` compiled for arrays like these, with `optjax.sharding.overlap_options`.
+
+    Raises:
+      ValueError: as `adapter_step`.
+    """
+    lowered = adapter_step.lower(state, base, batch, recipe, seed, options)
+    return compile_overlapped(lowered, None if base.placement is None else base.placement.mesh)
+
+
+# The optimizer's state has the same shape whatever the recipe.
+_ANY = Recipe(peak_lr=1.0, total_steps=1, warmup_steps=0)
+
+
+def _check_base(base: Params) -> None:
+    check_not_offloaded(base, "nothing is trained beside them")
+    check_not_adapted(base, "are the state's, not the base's")
+
+
+def _check_options(options: StepOptions) -> None:
+    """ValueError for levers that an adapter's step does not have."""
+    if options.remat == "offload":
+        raise ValueError("remat 'offload' is of train_step; beside frozen weights take 'full'")
+    if (options.moments_dtype, options.moments_memory) != ("float32", "device"):
+        raise ValueError("the moments of adapters are small: they are float32 and on the device; leave moments_… out")
+
+
+def _everywhere(base: Params) -> Any:
+    """The sharding of a scalar."""
+    if base.placement is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(base.placement.mesh, PartitionSpec())
+
+
+def _like_adapters(tree: Any, adapters: Adapters, base: Params) -> Any:
+    """Shardings for a tree that holds trees like the adapters, and scalars."""
+    lie = shardings_of(adapters, base) if base.placement is not None else None
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, Adapters):
+            return _everywhere(base)
+        return jax.tree.map(lambda _: _everywhere(base), node) if lie is None else lie
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Adapters))
