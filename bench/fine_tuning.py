@@ -1,13 +1,13 @@
-"""What fine-tuning reaches: opt-mini beside TF-IDF with logistic regression on the sentence polarity data, and on XQuAD.
+"""What fine-tuning reaches: opt-mini beside TF-IDF with logistic regression on film reviews; and on XQuAD.
 
     python -m bench.fine_tuning polarity       # some minutes on a CPU
     python -m bench.fine_tuning answers        # likewise
     python -m bench.fine_tuning polarity answers --save     # also writes bench/results/fine_tuning.md
 
-polarity: 10,662 sentences of film reviews, half of them favorable (Pang and Lee 2005). A tenth, drawn with a fixed seed,
-is the test set, which neither side sees before the end. Of the rest `python -m optjax.train.classify` holds a tenth out
-to choose its epoch by; the logistic regression, over words and pairs of words, chooses its C there by cross-validation
-in five parts, and learns from all of it.
+polarity: 10,662 sentences of film reviews, half of them favorable (Pang and Lee 2005). A tenth, drawn with a fixed
+seed, is the test set, which neither side sees before the end. Of the rest `python -m optjax.train.classify` holds a
+tenth out to choose its epoch by; the logistic regression, over words and pairs of words, chooses its C there by
+cross-validation in five parts, and learns from all of it.
 
 answers: the English part of XQuAD (Artetxe et al. 2020), 48 articles with 1,190 questions. Every fifth article is the
 test set. The answers of `python -m optjax.train.answer` are scored by transformers' SQuAD metrics too. A model that
@@ -59,7 +59,8 @@ def main() -> None:
     if args.save:
         about = report.machine()
         SAVED.write_text(
-            f"# Fine-tuning {args.model}\n\n`python -m bench.fine_tuning {' '.join(args.what)}`, on {about['processor']}, "
+            f"# Fine-tuning {args.model}\n\n"
+            f"`python -m bench.fine_tuning {' '.join(args.what)}`, on {about['cores']} cores of {about['processor']}, "
             f"{about['date']}. What is compared is explained in [bench/fine_tuning.py](../fine_tuning.py).\n\n{text}"
         )
 

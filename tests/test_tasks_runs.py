@@ -70,7 +70,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_is_that_of_transformers(small, tmp_path, kind):
     write_rows(tmp_path / "data.csv", reviews(64))
-    more = ["--data", tmp_path / "data.csv", "--epochs", "3", "--batch-size", "8", *KINDS[kind]]
+    more = ["--data", tmp_path / "data.csv", "--epochs", "3", "--batch-size", "17", *KINDS[kind]]
     classify.main(command(small, tmp_path, *more, "--validation-fraction", "0.2"))
     run = tmp_path / "run"
     model = transformers.OPTForSequenceClassification.from_pretrained(run / "model")
@@ -128,8 +128,12 @@ def test_a_run_over_devices_is_that_of_one(small, tmp_path):
 
 # Causal language modelling.
 
-PAIRS = [{"prompt": f"{color} is", "completion": f" {kind}"} for color, kind in
-         (("Red", "a warm color."), ("Blue", "cold"), ("The green of leaves", "neither"), ("Grey", "none at all"))]  # fmt: skip
+PAIRS = [
+    {"prompt": "Red is", "completion": " a warm color."},
+    {"prompt": "Blue is", "completion": " cold"},
+    {"prompt": "The green of leaves is", "completion": " neither"},
+    {"prompt": "Grey is", "completion": " none at all"},
+]
 
 
 def test_the_loss_is_that_of_transformers_packed_or_not(small):
@@ -181,8 +185,15 @@ def test_a_language_model_learns_its_completions(small, tmp_path):
 
 # Question answering.
 
-CONTEXTS = [f"The {thing} of {name} stood at the {place} of the old road, where nobody went." for thing, name, place in
-            (("house", "Anna", "end"), ("tree", "Mary", "bend"), ("stone", "Jane", "side"), ("mill", "Ruth", "foot"))]  # fmt: skip
+CONTEXTS = [
+    f"The {thing} of {name} stood at the {place} of the old road, where nobody went."
+    for thing, name, place in (
+        ("house", "Anna", "end"),
+        ("tree", "Mary", "bend"),
+        ("stone", "Jane", "side"),
+        ("mill", "Ruth", "foot"),
+    )
+]
 
 
 def questions(folder, without=()):
@@ -267,8 +278,10 @@ def test_wrong_options_say_so_without_a_traceback(small, tmp_path, capsys, scrip
 
 def test_an_unfinished_model_predicts_nothing(small, tmp_path, capsys):
     write_rows(tmp_path / "data.csv", reviews(2))
-    for script, message in ((classify, "is it a finished classifier"), (answer, "qa_outputs")):
-        data = tmp_path / "data.csv" if script is classify else questions(tmp_path)
-        with pytest.raises(SystemExit):
-            script.main(["--model", str(small), "--predict", str(data), "--doc-stride", "4"])
-        assert message in capsys.readouterr().err
+    for script, data, message in (
+        (classify, tmp_path / "data.csv", "is it a finished classifier"),
+        (answer, questions(tmp_path), "qa_outputs"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            script.main(["--model", str(small), "--predict", str(data)])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -16,13 +16,12 @@ The same command goes on where a run was stopped. A finished model answers other
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from optjax import OPTConfig, Params, Tokenizer
-from optjax.sharding import initialize
 
-from . import settings
 from .tasks import flags
 from .tasks.lengths import max_length
 from .tasks.nbest import Answer
@@ -31,7 +30,7 @@ from .tasks.source import load_config, load_tokenizer, load_weights, pad_id
 from .tasks.split import hold_out
 from .tasks.squad import Question, read_squad
 from .tasks.table import write_rows
-from .tasks.training import Task, figures, first_process, say, train, write_json
+from .tasks.training import Task, figures, first_process, say, script, train, write_json
 
 HEAD = "question_answering"
 
@@ -58,12 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = settings.parse(parser, argv)
-    try:
-        flags.check(args)
-        initialize()
+def main(argv: list[str] | None = None) -> int:
+    def body(args: argparse.Namespace) -> bool:
         config = load_config(args)
         tokenizer = load_tokenizer(args, config)
         reader = _reader(args, config, tokenizer)
@@ -71,10 +66,11 @@ def main(argv: list[str] | None = None) -> None:
             params = _train(args, config, reader)
         else:
             params = load_weights(args, config, HEAD, args.quantize, finished=True)
-        if args.predict and params is not None:
+        if params is not None and args.predict:
             _predict(args, params, reader)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        return params is not None
+
+    return script(_parser(), argv, body)
 
 
 def _reader(args: argparse.Namespace, config: OPTConfig, tokenizer: Tokenizer) -> Reader:
@@ -156,4 +152,4 @@ def _write(path: Path, questions: Sequence[Question], found: Sequence[Answer]) -
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,13 +20,12 @@ The same command goes on where a run was stopped. A finished model over other ro
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from optjax import OPTConfig, Params, Tokenizer
 from optjax.config import PROBLEM_TYPES
-from optjax.sharding import initialize
 
-from . import settings
 from .tasks import flags
 from .tasks.classifier import Classifier
 from .tasks.labels import Labels, as_before, find_labels
@@ -35,7 +34,7 @@ from .tasks.metrics import BETTER
 from .tasks.source import labels_of, load_config, load_tokenizer, load_weights, pad_id, with_labels
 from .tasks.split import hold_out
 from .tasks.table import read_rows, write_rows
-from .tasks.training import Task, figures, first_process, say, train, write_json
+from .tasks.training import Task, figures, first_process, say, script, train, write_json
 
 HEAD = "sequence_classification"
 
@@ -55,19 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = settings.parse(parser, argv)
-    try:
-        flags.check(args)
-        initialize()
+def main(argv: list[str] | None = None) -> int:
+    def body(args: argparse.Namespace) -> bool:
         config = load_config(args)
         tokenizer = load_tokenizer(args, config)
         finished = _train(args, config, tokenizer) if args.data else _load(args, config, tokenizer)
-        if args.predict and finished is not None:
+        if finished is not None and args.predict:
             _predict(args, *finished)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        return finished is not None
+
+    return script(_parser(), argv, body)
 
 
 def _train(args: argparse.Namespace, config: OPTConfig, tokenizer: Tokenizer) -> tuple[Params, Classifier] | None:
@@ -149,4 +145,4 @@ def _classifier(args: argparse.Namespace, config: OPTConfig, tokenizer: Tokenize
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,9 +31,7 @@ from typing import Any
 import numpy as np
 
 from optjax import OPTConfig, Params, Tokenizer
-from optjax.sharding import initialize
 
-from . import settings
 from .tasks import flags
 from .tasks.causal import TOO_LONG, Example, Fields, collate, encode_examples, packed_rows
 from .tasks.language import beginnings, evaluate, write
@@ -40,7 +39,7 @@ from .tasks.lengths import max_length, several_processes
 from .tasks.source import load_config, load_tokenizer, load_weights, pad_id
 from .tasks.split import hold_out
 from .tasks.table import Row, read_rows, write_rows
-from .tasks.training import Task, figures, first_process, say, train, write_json
+from .tasks.training import Task, figures, first_process, say, script, train, write_json
 
 HEAD = "causal_lm"
 SAMPLES, PREDICTIONS = 3, 32
@@ -67,20 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = settings.parse(parser, argv)
-    try:
-        flags.check(args)
-        initialize()
+def main(argv: list[str] | None = None) -> int:
+    def body(args: argparse.Namespace) -> bool:
         config = load_config(args)
         tokenizer = load_tokenizer(args, config)
         reader = _Reader(args, config, tokenizer)
         params = _train(args, config, reader) if args.data else load_weights(args, config, HEAD, args.quantize)
-        if args.predict and params is not None:
+        if params is not None and args.predict:
             _predict(args, params, reader)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        return params is not None
+
+    return script(_parser(), argv, body)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,4 +191,4 @@ def _predict(args: argparse.Namespace, params: Params, reader: _Reader) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ import jax
 
 from optjax import LoraConfig, OPTConfig, Params, init_adapters, merge_adapters, save_adapters, with_adapters
 
-from ..adapters import AdapterState, adapter_step, init_adapter_state
+from ..adapters import AdapterState, abstract_adapter_state, compile_adapter_step, init_adapter_state
 from ..optimizer import Recipe
 from ..options import StepOptions
 from ..placing import place_batch
@@ -26,28 +26,30 @@ class LowRank:
     def __init__(self, args: argparse.Namespace, config: OPTConfig, head: str, options: StepOptions):
         self._args, self._config, self._head, self._options = args, config, head, options
         self.params = load_weights(args, config, head, args.quantize)
-        lora = LoraConfig(
+        self._lora = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha or 2 * args.lora_r,
             lora_dropout=args.lora_dropout,
             target_modules=_targets(args.lora_target),
             base_model_name_or_path=str(args.model),
         )
-        adapters = init_adapters(self.params, lora, jax.random.key(args.seed))
-        self._first = init_adapter_state(adapters, options)
-        self.target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self._first
-        )
-        said = {name: value for name, value in lora.to_dict().items() if value}
+        self.target = abstract_adapter_state(self.params, self._lora, options)
+        said = {name: value for name, value in self._lora.to_dict().items() if value}
         self.about: dict[str, Any] = {"stacked": args.stacked, "quantize": args.quantize, "lora": said}
 
     def init(self) -> AdapterState:
-        return self._first
+        adapters = init_adapters(self.params, self._lora, jax.random.key(self._args.seed))
+        return init_adapter_state(adapters, self.params, self._options)
 
     def make_step(self, recipe: Recipe, batch_size: int, seed: int):
+        compiled: dict[tuple[int, ...], Any] = {}
+
         def step(state: AdapterState, batch: Batch) -> tuple[AdapterState, dict]:
             placed = place_batch(batch, self.params, batch_size)
-            return adapter_step(state, self.params, placed, recipe, seed, self._options)
+            shape = placed["input_ids"].shape
+            if shape not in compiled:
+                compiled[shape] = compile_adapter_step(state, self.params, placed, recipe, seed, self._options)
+            return compiled[shape](state, self.params, placed)
 
         return step
 

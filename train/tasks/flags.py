@@ -12,7 +12,7 @@ from optjax.sharding.rules import DEFAULT_RULES
 
 from ..loop import LoopOptions
 from ..optimizer import Recipe
-from ..options import DTYPES, MEMORIES, REMAT, StepOptions
+from ..options import COMPUTE_DTYPES, DTYPES, MEMORIES, REMAT, StepOptions
 from .lengths import TOO_LONG
 from .table import check_writable
 
@@ -91,7 +91,8 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
     add = group.add_argument
     add("--mesh", metavar="SPEC", help="such as fsdp=4,tensor=2; -1 is the rest (one device)")
     add("--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in; what is trained stays float32 (float32)")
+    text = "to compute in; what is trained stays float32; float16 comes with dynamic loss scaling (float32)"
+    add("--dtype", choices=COMPUTE_DTYPES, default="float32", help=text)
     add("--micro-batches", type=int, default=1, help="parts of a batch, taken one after another (1)")
     text = (
         "kept of each layer for the backward pass: all (none is recomputed), matrix products (dots), its input (full)"
@@ -101,7 +102,7 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
     add("--stacked", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "kernels of TPU and GPU (flash), or none; auto: flash where it can be had (eager)"
     add("--attn-implementation", choices=IMPLEMENTATIONS, default="eager", help=text)
-    add("--moments-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's state (float32)")
+    add("--moments-dtype", choices=DTYPES, default="float32", help="of AdamW's state (float32)")
     add("--moments-memory", choices=MEMORIES, default="device", help="where AdamW's state is (device)")
 
 
@@ -114,8 +115,12 @@ def add_log(parser: argparse.ArgumentParser) -> None:
     add("--eval-batch-size", type=int, metavar="N", help="rows (--batch-size)")
     add("--save-every", type=int, metavar="STEPS", help="to go on from after a crash (as --eval-every)")
     add("--keep", type=int, default=2, metavar="N", help="checkpoints that stay, beside the best (2)")
-    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write events for it")
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases")
+    text = "write event files (where tensorboardX is installed)"
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=None, help=text)
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    add("--profile", type=int, nargs=2, metavar=("STEP", "N"), help="trace N steps from STEP on")
+    add("--stop-at", type=int, metavar="STEP", help="stop early, with the schedule unchanged")
+    add("--export-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (float32)")
     add("--quiet", action=argparse.BooleanOptionalAction, default=False, help="no progress on the terminal")
 
 
@@ -124,6 +129,8 @@ def loop_options(args: argparse.Namespace, total_steps: int, per_epoch: int) -> 
     every = args.eval_every or min(per_epoch, total_steps)
     return LoopOptions(
         total_steps=total_steps,
+        stop_at=args.stop_at,
+        profile=None if args.profile is None else tuple(args.profile),
         save_every=args.save_every or every,
         keep=args.keep,
         eval_every=every,

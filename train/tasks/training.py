@@ -15,20 +15,22 @@ import jax
 import numpy as np
 
 from optjax import OPTConfig, Params, Tokenizer
+from optjax.sharding import initialize
 
 from .. import settings
-from ..checkpoint import Checkpoints, remember_run
+from ..checkpoint import remember_run, restore_best
 from ..data import open_examples
 from ..export import export
 from ..loop import Job, run
-from ..options import StepOptions
 from ..placing import rows
+from ..pretraining import model_flops
 from ..state import check_batch
 from . import flags
 from .adapted import LowRank
-from .trained import AllWeights, Trained
+from .trained import AllWeights
 
 MODEL = "model"
+STOPPED = 75  # as of `optjax.train.pretrain`: the same command goes on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,30 @@ class Task:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def script(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, body: Callable[[argparse.Namespace], bool]
+) -> int:
+    """Carries out a script; its exit status, or `SystemExit` where something is wrong.
+
+    Args:
+      body: whether it came to its end.
+    """
+    args = settings.parse(parser, argv)
+    try:
+        flags.check(args)
+        initialize()
+        return 0 if body(args) else STOPPED
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+
+
 def train(args: argparse.Namespace, task: Task) -> Params | None:
     """Trains, or goes on with what the folder ``args.run`` holds, and writes the best model to ``model/`` in it.
 
     Returns:
-      That model; None where the run was interrupted before its end.
+      That model; None where the run was stopped before its end.
 
     Raises:
       ValueError: something does not fit together, said before anything is compiled; or the folder holds another run.
@@ -75,7 +96,7 @@ def train(args: argparse.Namespace, task: Task) -> Params | None:
     total = max(1, math.ceil(args.epochs * per_epoch))
     recipe = flags.recipe(args, total)
     loop = flags.loop_options(args, total, max(1, round(per_epoch)))
-    trained = _trained(args, task, options)
+    trained = (AllWeights if args.lora_r is None else LowRank)(args, task.config, task.head, options)
     check_batch(trained.params, args.batch_size, task.longest, options)
     loader = open_examples(
         task.examples,
@@ -84,18 +105,16 @@ def train(args: argparse.Namespace, task: Task) -> Params | None:
         rows=rows(trained.params, args.batch_size),
         collate=task.collate,
     )
-    tokens = sum(len(example["input_ids"]) for example in task.examples) / len(task.examples)
+    length = round(sum(len(example["input_ids"]) for example in task.examples) / len(task.examples))
     evaluate, sample = task.evaluate, task.sample
     job = Job(
         target=trained.target,
         init=trained.init,
         step=trained.make_step(recipe, args.batch_size, args.seed),
         loader=loader,
-        about={"script": task.name, "model": args.model, "config": task.config.to_dict(), "seed": args.seed}
-        | {"examples": len(task.examples)}
-        | trained.about
-        | task.about,
-        tokens_per_step=round(args.batch_size * tokens),
+        about=_about(args, task) | trained.about,
+        tokens_per_step=args.batch_size * length,
+        flops_per_step=model_flops(task.config, args.batch_size, length),
         evaluate=None if evaluate is None else lambda state: evaluate(trained.model(state)),
         sample=None if sample is None else lambda state: sample(trained.model(state)),
         better=None if evaluate is None else task.better,
@@ -108,20 +127,18 @@ def train(args: argparse.Namespace, task: Task) -> Params | None:
         loader.close()
     if int(state.step) < total:
         return None
-    if evaluate is not None:
-        with Checkpoints(args.run, name="best") as best:
-            state = best.resume(trained.target).state
+    best = None if evaluate is None else restore_best(args.run, trained.target)
+    state = state if best is None else best.state
     finished = trained.finished(state, args.run)
-    export(finished, args.run / MODEL)
-    if first_process():
-        task.tokenizer.save(args.run / MODEL)
+    export(finished, args.run / MODEL, args.export_dtype, task.tokenizer)
     say(args, f"wrote {args.run / MODEL}, of step {int(state.step)}")
     return finished
 
 
-def _trained(args: argparse.Namespace, task: Task, options: StepOptions) -> Trained:
-    kind = AllWeights if args.lora_r is None else LowRank
-    return kind(args, task.config, task.head, options)
+def _about(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    config = task.config.to_dict() | {"dropout": None}  # which may change on resume
+    about = {"script": task.name, "model": str(args.model), "config": config, "seed": args.seed}
+    return about | {"examples": len(task.examples)} | task.about
 
 
 def first_process() -> bool:
