@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Log:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             self._console = Console(stderr=True)
-            if self._console.is_terminal:
+            if sys.stderr.isatty():  # rich would take a notebook for a terminal
                 columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}")
                 more = (TextColumn("{task.fields[line]}"), TimeElapsedColumn(), "left", TimeRemainingColumn())
                 self._progress = Progress(*columns, *more, console=self._console)
