@@ -209,6 +209,7 @@ def _loop(args: argparse.Namespace, recipe: Recipe) -> LoopOptions:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m optjax.train.pretrain",
+        usage="%(prog)s (--preset SIZE | --config FILE) --data PATH [PATH ...] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
