@@ -11,6 +11,7 @@ from optjax.lora.adapters import init_adapters
 from optjax.lora.apply import merge_adapters, unmerge_adapters, with_adapters
 from optjax.lora.config import LoraConfig
 from optjax.lora.files import load_adapters, save_adapters
+from optjax.lora.layout import place_adapters
 from optjax.lora.parts import Adapters
 from optjax.model import forward
 from optjax.offloading import offload
@@ -50,6 +51,7 @@ __all__ = [
     "load_params",
     "merge_adapters",
     "offload",
+    "place_adapters",
     "prefill",
     "quantize",
     "read_prefix",

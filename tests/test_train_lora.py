@@ -104,7 +104,7 @@ def test_steps_are_those_of_peft(head, stacked, options, tmp_path):
     torch.manual_seed(0)
     adapted = adapt(copy.deepcopy(model), config)
     quietly(adapted.save_pretrained, tmp_path / "before")
-    state = init_adapter_state(optjax.load_adapters(tmp_path / "before"), base, options)
+    state = init_adapter_state(optjax.place_adapters(optjax.load_adapters(tmp_path / "before"), base), options)
     before = jax.tree.map(np.array, base)
     losses = []
     for batch in batches(head):
@@ -123,7 +123,7 @@ def test_steps_are_those_of_peft(head, stacked, options, tmp_path):
 def random_state(base, options=PLAIN, key: int = 1, **fields):
     """A state whose adapters change the model from the start."""
     config = LoraConfig(**dict(r=3, target_modules=EVERY, init_lora_weights=False) | fields)
-    return init_adapter_state(optjax.init_adapters(base, config, jax.random.key(key)), base, options)
+    return init_adapter_state(optjax.init_adapters(base, config, jax.random.key(key)), options)
 
 
 def shapes_of(jaxpr) -> set[tuple[int, ...]]:
@@ -250,15 +250,17 @@ def test_dropout_is_by_key():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b: init_adapter_state(random_state(b).adapters, b, StepOptions(moments_dtype="bfloat16")), "small"),
-        (lambda b: init_adapter_state(random_state(b).adapters, b, StepOptions(remat="offload")), "take 'full'"),
+        (lambda b: init_adapter_state(random_state(b).adapters, StepOptions(moments_dtype="bfloat16")), "small"),
+        (lambda b: init_adapter_state(random_state(b).adapters, StepOptions(remat="offload")), "take 'full'"),
         (lambda b: random_state(optjax.with_adapters(b, random_state(b).adapters)), "no second ones"),
-        (lambda b: init_adapter_state(random_state(b).adapters, optjax.offload(b)), "in the host's memory"),
-        (lambda b: init_adapter_state(optjax.init_adapters(b, LoraConfig(), jax.random.key(0), "bfloat16"), b),
+        (lambda b: adapter_step(random_state(b), optjax.offload(b), next(batches("causal_lm")), RECIPE), "the host"),
+        (lambda b: adapter_step(random_state(b), optjax.stack_layers(b), next(batches("causal_lm")), RECIPE),
+         "place_adapters"),
+        (lambda b: init_adapter_state(optjax.init_adapters(b, LoraConfig(), jax.random.key(0), "bfloat16")),
          "trained in float32, these are bfloat16"),
         (lambda b: adapter_step(random_state(b), b, {"input_ids": np.ones((2, 3), int)}, RECIPE), "labels"),
-        (lambda b: init_adapter_state(random_state(b).adapters, optjax.init_params(CONFIG.replace(ffn_dim=8),
-         jax.random.key(0))), "another size"),
+        (lambda b: adapter_step(random_state(b), optjax.init_params(CONFIG.replace(ffn_dim=8), jax.random.key(0)),
+         next(batches("causal_lm")), RECIPE), "another size"),
     ],
 )  # fmt: skip
 def test_errors(call, message):

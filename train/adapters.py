@@ -47,26 +47,29 @@ class AdapterState:
     guard: Guard
 
 
-def init_adapter_state(adapters: Adapters, base: Params, options: StepOptions = PLAIN) -> AdapterState:
-    """A state before its first step; everything lies over devices as the base does.
+def init_adapter_state(adapters: Adapters, options: StepOptions = PLAIN) -> AdapterState:
+    """A state before its first step; moments lie where their adapters do.
+
+    Args:
+      adapters: of `init_adapters`, for the base that is then given to `adapter_step`; or loaded, to be trained on, and
+        then laid out by ``optjax.place_adapters(adapters, base)``.
 
     Raises:
-      ValueError: adapters of another model or not float32, in which small updates do not vanish; a base that has
-        adapters or whose layers are offloaded; options that are not for adapters.
+      ValueError: adapters that are not float32, in which small updates do not vanish; options that are not for
+        adapters.
     """
-    _check_base(base)
     _check_options(options)
-    jax.eval_shape(with_adapters, base, adapters)  # whether they fit
-    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(adapters)}
+    leaves = jax.tree.leaves(adapters)
+    dtypes = {str(leaf.dtype) for leaf in leaves}
     if dtypes != {"float32"}:
         raise ValueError(f"adapters are trained in float32, these are {', '.join(sorted(dtypes))}")
-    adapters = place_adapters(adapters, base)
-    sharding = None if base.placement is None else _everywhere(base)
-    moments = optimizer(_ANY, adapters).init(adapters)
-    if base.placement is not None:
-        moments = jax.tree.map(jax.device_put, moments, _like_adapters(moments, adapters, base))
-    step = jnp.zeros((), jnp.int32, device=sharding)
-    return AdapterState(adapters, moments, step, init_guard(options, sharding))
+    moments: Any = optimizer(_ANY, adapters).init(_as_tree(adapters))
+    lies, everywhere = leaves[0].sharding, None
+    if isinstance(lies, NamedSharding):
+        everywhere = NamedSharding(lies.mesh, PartitionSpec())
+        lie = _like_adapters(moments, jax.tree.map(lambda leaf: leaf.sharding, adapters), everywhere)
+        moments = jax.tree.map(jax.device_put, moments, lie)
+    return AdapterState(adapters, moments, jnp.zeros((), jnp.int32, device=everywhere), init_guard(options, everywhere))
 
 
 def abstract_adapter_state(base: Params, config: LoraConfig, options: StepOptions = PLAIN) -> AdapterState:
@@ -78,18 +81,20 @@ def abstract_adapter_state(base: Params, config: LoraConfig, options: StepOption
 
     def made(base: Params, key: jax.Array) -> AdapterState:
         adapters = init_adapters(base, config, key)
-        return AdapterState(adapters, optimizer(_ANY, adapters).init(adapters), jnp.int32(0), init_guard(options))
+        moments = optimizer(_ANY, adapters).init(_as_tree(adapters))
+        return AdapterState(adapters, moments, jnp.zeros((), jnp.int32), init_guard(options))
 
     _check_base(base)
     _check_options(options)
     shapes: Any = jax.eval_shape(made, base, jax.random.key(0))
-    everywhere = jax.tree.map(lambda _: _everywhere(base), shapes)
-    lie = dataclasses.replace(
+    everywhere, lie = _everywhere(base), _lie(shapes.adapters, base)
+    shardings: Any = AdapterState(
+        lie,
+        _like_adapters(shapes.moments, lie, everywhere),
         everywhere,
-        adapters=_like_adapters(shapes.adapters, shapes.adapters, base),
-        moments=_like_adapters(shapes.moments, shapes.adapters, base),
+        jax.tree.map(lambda _: everywhere, shapes.guard),
     )
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, lie)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
 
 def optimizer(recipe: Recipe, adapters: Adapters) -> optax.GradientTransformation:
@@ -128,28 +133,33 @@ def adapter_step(
       The new state, and the scalars of `train_step`.
 
     Raises:
-      ValueError: as `train_step`; a base or options as of `init_adapter_state`.
+      ValueError: as `train_step`; adapters of another model; a base with adapters or offloaded layers.
     """
     _check_base(base)
     _check_options(options)
     check_batch(base, *check_arrays(base, batch), options)
+    if "layers" in state.adapters.weights and state.adapters.stacked != base.stacked:
+        raise ValueError(
+            "adapters have their layers stacked and the base has not, or the other way round: begin with "
+            "optjax.place_adapters(adapters, base)"
+        )
     config, guard = base.config, state.guard
     rates = config.dropout, config.attention_dropout, config.layerdrop, state.adapters.config.lora_dropout
     key = jax.random.fold_in(jax.random.key(seed), state.step) if any(rate > 0 for rate in rates) else None
     loss_scale = guard.loss_scale if options.scales_loss else jnp.float32(1.0)
     loss, gradients = loss_and_adapter_gradients(state.adapters, base, batch, key, options, loss_scale)
     gradients = jax.tree.map(lambda g: g / loss_scale, gradients) if options.scales_loss else gradients
-    norm = optax.tree.norm(gradients)
+    norm = optax.tree.norm(_as_tree(gradients))
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     rate = learning_rate(recipe, state.step) * guard.lr_scale
     transform = optimizer(recipe, state.adapters)
-    changes, moments = transform.update(gradients, state.moments, state.adapters)
-    adapters = jax.tree.map(lambda weight, change: weight - rate * change, state.adapters, changes)
+    changes, moments = transform.update(_as_tree(gradients), state.moments, _as_tree(state.adapters))
+    adapters: Any = jax.tree.map(lambda weight, change: weight - rate * change, state.adapters, changes)
     adapters, moments = jax.tree.map(
         lambda after, before: jnp.where(finite, after, before), (adapters, moments), (state.adapters, state.moments)
     )
     if base.placement is not None:
-        lie = _like_adapters(moments, adapters, base)
+        lie = _like_adapters(moments, _lie(adapters, base), _everywhere(base))
         moments = jax.tree.map(jax.lax.with_sharding_constraint, moments, lie)
     new = AdapterState(place_adapters(adapters, base), moments, state.step + 1, after_step(guard, finite, options))
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
@@ -227,13 +237,22 @@ def _everywhere(base: Params) -> Any:
     return NamedSharding(base.placement.mesh, PartitionSpec())
 
 
-def _like_adapters(tree: Any, adapters: Adapters, base: Params) -> Any:
-    """Shardings for a tree that holds trees like the adapters, and scalars."""
-    lie = shardings_of(adapters, base) if base.placement is not None else None
+def _lie(adapters: Adapters, base: Params) -> Any:
+    """The sharding of every adapter."""
+    if base.placement is None:
+        return jax.tree.map(lambda _: _everywhere(base), adapters)
+    return shardings_of(adapters, base)
+
+
+def _like_adapters(tree: Any, adapters: Any, scalar: Any) -> Any:
+    """``tree`` with ``adapters`` in place of each tree like them in it, and ``scalar`` in place of all else."""
 
     def one(node: Any) -> Any:
-        if not isinstance(node, Adapters):
-            return _everywhere(base)
-        return jax.tree.map(lambda _: _everywhere(base), node) if lie is None else lie
+        return adapters if isinstance(node, Adapters) else scalar
 
     return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Adapters))
+
+
+def _as_tree(adapters: Adapters) -> Any:
+    """What optax takes, any pytree, in the words of its annotations."""
+    return adapters

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.lora.config import LoraConfig
-from optjax.lora.layout import place_adapters, stack_adapters
+from optjax.lora.layout import place_adapters
 from optjax.lora.parts import LOW_RANK, Adapters, Part, as_config, build, declare_parts
 from optjax.lora.weight import check_not_adapted
 from optjax.params import Params, as_key, floating_dtype
@@ -45,7 +45,6 @@ def init_adapters(params: Params, config: LoraConfig, key: jax.Array, dtype: Any
         return _draw(own, part, config.init_lora_weights, dtype)
 
     made = Adapters(build(declare_parts(params.config, params.head, config), leaf), config, params.head)
-    made = stack_adapters(made, params.config) if params.stacked else made
     return place_adapters(made, params)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.declaration import Weight, declare
-from optjax.lora.layout import place_adapters, stack_adapters, unstack_adapters
+from optjax.lora.layout import place_adapters
 from optjax.lora.parts import LOW_RANK, Adapters, module_path, walk
 from optjax.lora.weight import AdaptedWeight, check_not_adapted, delta
 from optjax.params import Params
@@ -38,7 +38,7 @@ def with_adapters(params: Params, adapters: Adapters) -> Params:
     check_fit(params, adapters)
     if params.offload is not None and params.offload.memory == "disk":
         raise ValueError("adapters do not go with offload='disk'; load with offload='host', or merge them on disk")
-    adapters = place_adapters(_like(params, adapters), params)
+    adapters = place_adapters(adapters, params)
     dropout = adapters.config.lora_dropout
 
     def beside(weight: Weight, layer: int | None, base: Any, own: dict[str, Any]) -> Any:
@@ -81,7 +81,7 @@ def _merged(params: Params, adapters: Adapters, sign: float) -> Params:
         )
     if params.offload is not None:
         raise ValueError("merge before layers are offloaded: load them without offload=")
-    adapters = place_adapters(_like(params, adapters), params)
+    adapters = place_adapters(adapters, params)
 
     def into(weight: Weight, layer: int | None, base: Any, own: dict[str, Any]) -> Any:
         scale = sign * _scale(params, adapters, weight, layer)
@@ -133,11 +133,6 @@ def check_fit(params: Any, adapters: Any) -> None:
                 fits = found == shape
             if not fits:
                 raise ValueError(f"{where}.{leaf} {found} does not fit the model's weight {shape}: another size?")
-
-
-def _like(params: Params, adapters: Adapters) -> Adapters:
-    """Adapters with their layers as the params have theirs."""
-    return stack_adapters(adapters, params.config) if params.stacked else unstack_adapters(adapters)
 
 
 def _scale(params: Params, adapters: Adapters, weight: Weight, layer: int | None) -> Any:

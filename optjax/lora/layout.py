@@ -110,7 +110,12 @@ def leaf_sharding(
 
 
 def place_adapters(adapters: Adapters, params: Params) -> Adapters:
-    """The same, where the params lie; inside a compiled program they are told to."""
+    """The same, laid out as the params are: stacked or not, and over their mesh, by the rules of their weights.
+
+    `with_adapters` does so by itself; training begins with adapters that lie like that. Inside a compiled program they
+    are told where to lie.
+    """
+    adapters = stack_adapters(adapters, params.config) if params.stacked else unstack_adapters(adapters)
     if params.placement is None:
         return adapters
     put = jax.lax.with_sharding_constraint if _traced(adapters) else jax.device_put
