@@ -101,6 +101,21 @@ def test_pretrain_runs(tmp_path, monkeypatch):
     assert float(last) < float(first) - 2
 
 
+def test_finetune_runs(tmp_path, monkeypatch):
+    """On a few docstrings: what is learned of them is shown, not judged."""
+    monkeypatch.setenv("OPTJAX_NOTEBOOK_EXAMPLES", "80")
+    cells = execute(COLAB / "finetune.ipynb", tmp_path)
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1
+    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    assert said.count("left out:") == 1  # the hub's model
+    assert re.search(r"^accuracy [\d.]+, F1", said, re.MULTILINE)
+    assert re.search(r"^[\d,]+ numbers were trained beside 5,388,288$", said, re.MULTILINE)
+    before, after = (text.splitlines()[1:] for text in said.split("--- ")[1:])
+    assert before[: len(after)] != after
+
+
 def test_generate_runs(tmp_path):
     cells = execute(COLAB / "generate.ipynb", tmp_path)
     outputs = [output for cell in cells for output in cell.get("outputs", ())]

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import peft
 import pytest
 import sklearn.metrics
 import torch
@@ -67,12 +68,22 @@ KINDS = {
 }
 
 
+def classifier(small, folder, kind, *more):
+    """The folder of a finished run."""
+    write_rows(folder / "data.csv", reviews(64))
+    flags = ["--data", folder / "data.csv", "--validation-fraction", "0.2", "--epochs", "3", "--batch-size", "16"]
+    classify.main(command(small, folder, *flags, *KINDS[kind], *more))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def single(small, tmp_path_factory):
+    return classifier(small, tmp_path_factory.mktemp("single"), "single_label_classification")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_classifier_is_that_of_transformers(small, tmp_path, kind):
-    write_rows(tmp_path / "data.csv", reviews(64))
-    more = ["--data", tmp_path / "data.csv", "--epochs", "3", "--batch-size", "17", *KINDS[kind]]
-    classify.main(command(small, tmp_path, *more, "--validation-fraction", "0.2"))
-    run = tmp_path / "run"
+def test_a_classifier_is_that_of_transformers(small, single, tmp_path, kind):
+    run = single if kind.startswith("single") else classifier(small, tmp_path, kind)
     model = transformers.OPTForSequenceClassification.from_pretrained(run / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     names = list(model.config.id2label.values())
@@ -86,44 +97,46 @@ def test_a_classifier_is_that_of_transformers(small, tmp_path, kind):
         np.testing.assert_allclose([row["prediction"] for row in said], logits[:, 0], rtol=1e-4, atol=1e-5)
         wanted = sklearn.metrics.mean_squared_error([float(row["stars"]) for row in said], logits[:, 0])
         assert found["mse"] == pytest.approx(wanted, rel=1e-4) == pytest.approx(found["loss"], rel=1e-4)
-        best = min
     else:
-        single = kind.startswith("single")
-        shares = torch.softmax(torch.tensor(logits), 1) if single else torch.sigmoid(torch.tensor(logits))
+        shares = torch.softmax(torch.tensor(logits), 1) if run == single else torch.sigmoid(torch.tensor(logits))
         ours = [[row["probability"][name] for name in names] for row in said]
         np.testing.assert_allclose(ours, shares, rtol=1e-4, atol=1e-5)
-        if single:
+        if run == single:
             true, predicted = ([row[name] for row in said] for name in ("label", "prediction"))
             assert names == sorted(WORDS) and predicted == [names[i] for i in logits.argmax(1)]
         else:
             true = [[name in row["tags"].split("|") for name in names] for row in said]
             predicted = [[name in row["prediction"] for name in names] for row in said]
             assert names == sorted([*WORDS, "short"])
-        assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, predicted)) and len(
-            found["labels"]
-        ) == len(names)
-        best = max
-    figure = {"regression": "mse", "multi_label_classification": "f1_micro"}.get(kind, "accuracy")
+        assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, predicted))
+        assert [line["label"] for line in found["labels"]] == names
+    # The model is that of the best validation.
+    figure, best = {"regression": ("mse", min), "multi_label_classification": ("f1_micro", max)}.get(
+        kind, ("accuracy", max)
+    )
     logged = [entry[f"validation_{figure}"] for entry in read_log(run) if f"validation_{figure}" in entry]
-    assert len(logged) == 3 and found[figure] == pytest.approx(best(logged), rel=1e-5)
-    # The finished model over the same rows says the same.
+    assert len(logged) > 2 and found[figure] == pytest.approx(best(logged), rel=1e-5)
+
+
+def test_a_finished_classifier_says_the_same_again(single, tmp_path):
+    said = lines(single / "predictions.jsonl")
     write_rows(tmp_path / "new.jsonl", ({"text": row["text"]} for row in said))
-    predict = ["--model", str(run / "model"), "--predict", str(tmp_path / "new.jsonl"), "--quiet"]
-    classify.main([*predict, "--predictions", str(tmp_path / "said.csv")])
+    predict = ["--model", str(single / "model"), "--predict", str(tmp_path / "new.jsonl"), "--quiet"]
+    assert classify.main([*predict, "--predictions", str(tmp_path / "said.csv")]) == 0
     again = [row.fields["prediction"] for row in read_rows(tmp_path / "said.csv")]
-    assert again == [json.dumps(v) if isinstance(v, list) else str(v) for v in (row["prediction"] for row in said)]
+    assert again == [row["prediction"] for row in said]
 
 
-def test_a_run_over_devices_is_that_of_one(small, tmp_path):
-    write_rows(tmp_path / "data.csv", reviews(32))
-    losses = []
-    for name, more in (("one", []), ("eight", ["--mesh", "fsdp=4,tensor=2", "--stacked", "--micro-batches", "2"])):
-        (tmp_path / name).mkdir()
-        data = ["--data", tmp_path / "data.csv", "--epochs", "1", "--batch-size", "8"]
-        classify.main(command(small, tmp_path / name, *data, *more))
-        losses.append([entry["loss"] for entry in read_log(tmp_path / name / "run") if "loss" in entry])
-    assert len(losses[0]) == 4
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+def test_a_stopped_run_over_devices_is_a_whole_one_on_one(small, single, tmp_path):
+    mesh = ["--mesh", "fsdp=4,tensor=2", "--stacked", "--micro-batches", "2"]
+    write_rows(tmp_path / "data.csv", reviews(64))
+    flags = ["--data", tmp_path / "data.csv", "--validation-fraction", "0.2", "--epochs", "3", "--batch-size", "16"]
+    assert classify.main(command(small, tmp_path, *flags, *mesh, "--stop-at", "4")) == 75
+    assert not (tmp_path / "run" / "model").exists()
+    assert classify.main(command(small, tmp_path, *flags, *mesh)) == 0
+    ours, wanted = ([e for e in read_log(run) if "loss" in e] for run in (tmp_path / "run", single))
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in wanted] == list(range(1, 11))
+    np.testing.assert_allclose([e["loss"] for e in ours], [e["loss"] for e in wanted], rtol=2e-4)
 
 
 # Causal language modelling.
@@ -164,7 +177,8 @@ def test_the_loss_is_that_of_transformers_packed_or_not(small):
 def test_a_language_model_learns_its_completions(small, tmp_path):
     write_rows(tmp_path / "data.jsonl", PAIRS * 8)
     more = ["--data", tmp_path / "data.jsonl", "--validation", tmp_path / "data.jsonl", "--epochs", "40"]
-    more += ["--eval-every", "40", "--max-length", "24", "--batch-size", "4", "--max-new-tokens", "8"]
+    more += ["--eval-every", "80", "--max-length", "24", "--batch-size", "4", "--eval-batch-size", "3"]
+    more += ["--max-new-tokens", "8"]
     finetune.main(command(small, tmp_path, *more))
     run = tmp_path / "run"
     said = lines(run / "predictions.jsonl")
@@ -176,11 +190,38 @@ def test_a_language_model_learns_its_completions(small, tmp_path):
         assert row["prediction"] == tokenizer.decode(made, skip_special_tokens=True) == pair["completion"]
     # A finished model over other prompts, and what is not learned: the prompts.
     predict = ["--model", run / "model", "--predict", tmp_path / "data.jsonl", "--max-new-tokens", "8", "--quiet"]
+    predict += ["--max-length", "24", "--eval-batch-size", "3"]
     finetune.main([str(word) for word in predict])
     assert [row["prediction"] for row in lines(tmp_path / "data.predictions.jsonl")] == [
         pair["completion"] for pair in PAIRS
     ] * 8
     assert json.loads((run / "metrics.json").read_text())["loss"] < 0.1
+
+
+# Adapters.
+
+
+@pytest.mark.parametrize("script, quantize", [(finetune, None), (classify, "nf4")])
+def test_adapters_are_those_of_peft(small, tmp_path, script, quantize):
+    """Beside the base model, in torch, they are the model that was written whole; a new head goes with them."""
+    rows = PAIRS * 4 if script is finetune else reviews(24)
+    write_rows(tmp_path / "data.jsonl", rows)
+    more = ["--data", tmp_path / "data.jsonl", "--validation", tmp_path / "data.jsonl", "--epochs", "2"]
+    more += ["--batch-size", "4", "--lora-r", "3", "--lora-target", "q_proj", "fc2", "--max-length", "40"]
+    more += ["--max-new-tokens", "4"] if script is finetune else []
+    script.main(command(small, tmp_path, *more, *([] if quantize is None else ["--quantize", quantize])))
+    run = tmp_path / "run"
+    kind = transformers.OPTForCausalLM if script is finetune else transformers.OPTForSequenceClassification
+    base = kind.from_pretrained(small, **({} if script is finetune else {"num_labels": 3})).eval()
+    ids = torch.tensor([[2, 40, 500, 6000, 7]])
+    with torch.no_grad():
+        before = base(ids).logits.numpy()
+        adapted = peft.PeftModel.from_pretrained(base, run / "adapter").eval()(ids).logits.numpy()
+        merged = kind.from_pretrained(run / "model").eval()(ids).logits.numpy()
+    assert np.abs(adapted - before).max() > 1e-3
+    np.testing.assert_allclose(adapted, merged, rtol=1e-4, atol=1e-5)
+    saved = [path for path in (run / "checkpoints").glob("*") if path.is_dir()]
+    assert len(saved) == 2 and "validation_loss" in read_log(run)[-1]
 
 
 # Question answering.
@@ -210,41 +251,53 @@ def questions(folder, without=()):
     return folder / "squad.json"
 
 
-def test_answers_are_those_of_transformers_pipeline(small, tmp_path):
-    data = questions(tmp_path)
+@pytest.fixture(scope="module")
+def answering(small, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("answering")
+    data = questions(folder)
     more = ["--data", data, "--validation", data, "--epochs", "30", "--eval-every", "30", "--batch-size", "4"]
-    answer.main(command(small, tmp_path, *more, "--max-length", "64", "--doc-stride", "4", "--max-answer-length", "6"))
-    run = tmp_path / "run"
-    said = lines(run / "predictions.jsonl")
-    model = transformers.OPTForQuestionAnswering.from_pretrained(run / "model").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    answer.main(command(small, folder, *more, *LENGTHS))
+    return folder / "run"
+
+
+LENGTHS = ["--max-length", "64", "--doc-stride", "4", "--max-answer-length", "6"]
+
+
+def test_answers_are_the_best_spans_of_transformers_logits(answering):
+    said = lines(answering / "predictions.jsonl")
+    model = transformers.OPTForQuestionAnswering.from_pretrained(answering / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(answering / "model")
     for row, context in zip(said, np.repeat(CONTEXTS, 2), strict=True):
         inputs = tokenizer(row["question"], context, return_tensors="pt", return_offsets_mapping=True)
         offsets, inside = inputs.pop("offset_mapping")[0], np.array([id == 1 for id in inputs.sequence_ids(0)])
         with torch.no_grad():
             out = model(**inputs)
         start, end = (np.where(inside, logits[0].numpy(), -np.inf) for logits in (out.start_logits, out.end_logits))
-        sums = np.triu(start[:, None] + end[None]) - np.tril(np.full((len(start),) * 2, np.inf), -1)
-        sums = np.where(np.triu(np.ones_like(sums), 6) > 0, -np.inf, sums)
+        far = np.arange(len(start)) - np.arange(len(start))[:, None]
+        sums = np.where((far >= 0) & (far < 6), start[:, None] + end[None], -np.inf)
         i, j = np.unravel_index(np.argmax(sums), sums.shape)
         assert row["answer"] == context[offsets[i][0] : offsets[j][1]].strip()
         assert row["nbest"][0]["score"] == pytest.approx(sums[i, j], rel=1e-4)
-    found = json.loads((run / "metrics.json").read_text())
+    found = json.loads((answering / "metrics.json").read_text())
     assert found["exact_match"] > 60 and found["f1"] >= found["exact_match"]
-    # SQuAD's own format of answers.
-    predict = ["--model", run / "model", "--predict", data, "--predictions", tmp_path / "said.json", "--quiet"]
-    predict += ["--doc-stride", "4", "--max-answer-length", "6"]
-    answer.main([str(word) for word in predict])
+
+
+def test_a_finished_model_answers_the_same_again(answering, tmp_path):
+    said = lines(answering / "predictions.jsonl")
+    predict = ["--model", answering / "model", "--predict", questions(tmp_path), *LENGTHS]
+    answer.main([str(word) for word in (*predict, "--predictions", tmp_path / "said.json")])
     assert json.loads((tmp_path / "said.json").read_text()) == {row["id"]: row["answer"] for row in said}
 
 
-def test_some_questions_have_no_answer(small, tmp_path):
+def test_no_answer_is_said_and_scored(answering, tmp_path, capsys):
     data = questions(tmp_path, without=(1, 4, 6))
-    more = ["--data", data, "--validation", data, "--epochs", "1", "--doc-stride", "4", "--null-threshold", "-99"]
-    answer.main(command(small, tmp_path, *more))
-    assert all(row["answer"] == "" and "null_odds" in row for row in lines(tmp_path / "run" / "predictions.jsonl"))
-    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert found["exact_match"] == 37.5 and found["no_answer_f1"] == 100 and found["has_answer_f1"] == 0
+    predict = ["--model", answering / "model", "--predict", data, "--null-threshold", "-99", *LENGTHS]
+    answer.main([str(word) for word in predict])
+    scored = dict(part.split() for part in capsys.readouterr().err.partition("; ")[2].strip().split(", "))
+    assert float(scored["exact_match"]) == 37.5 and float(scored["no_answer_f1"]) == 100
+    assert float(scored["has_answer_f1"]) == 0
+    assert all(row["null_odds"] > -99 for row in lines(tmp_path / "squad.predictions.jsonl"))
 
 
 # What is wrong is said before anything is compiled.

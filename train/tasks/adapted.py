@@ -25,7 +25,7 @@ class LowRank:
 
     def __init__(self, args: argparse.Namespace, config: OPTConfig, head: str, options: StepOptions):
         self._args, self._config, self._head, self._options = args, config, head, options
-        self.params = load_weights(args, config, head, args.quantize)
+        self.params = load_weights(args, config, head, args.quantize, dtype=args.dtype)
         self._lora = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha or 2 * args.lora_r,
@@ -58,7 +58,9 @@ class LowRank:
 
     def finished(self, state: AdapterState, folder: Path) -> Params:
         save_adapters(state.adapters, folder / ADAPTER)
-        whole = self.params if self._args.quantize is None else load_weights(self._args, self._config, self._head)
+        whole = self.params
+        if self._args.quantize is not None or self._args.dtype != "float32":  # what is added would be rounded away
+            whole = load_weights(self._args, self._config, self._head)
         return merge_adapters(whole, state.adapters)
 
 

@@ -28,6 +28,7 @@ steps, then a linear fall to 0. For a model as small as opt-mini take a rate abo
 def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"python -m optjax.train.{name}",
+        usage=f"python -m optjax.train.{name} --model SOURCE --data FILE --run FOLDER [options]",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -66,23 +67,23 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
     """The flags of how it is trained."""
     group = parser.add_argument_group("how long, and by what recipe", RECIPE)
     add = group.add_argument
-    add("--epochs", type=float, default=3.0, help="passes over the data; 0.5 is half of one (3)")
-    add("--batch-size", type=int, default=batch_size, help=f"rows per step ({batch_size})")
-    add("--lr", type=float, help=f"peak learning rate ({LR:g}; with LoRA {LORA_LR:g})")
+    add("--epochs", type=float, default=3.0, metavar="X", help="passes over the data; 0.5 is half of one (3)")
+    add("--batch-size", type=int, default=batch_size, metavar="N", help=f"rows per step ({batch_size})")
+    add("--lr", type=float, metavar="X", help=f"peak learning rate ({LR:g}; with LoRA {LORA_LR:g})")
     add("--warmup-fraction", type=float, default=0.06, metavar="X", help="of all steps (0.06)")
     add("--final-fraction", type=float, default=0.0, metavar="X", help="of the peak, at the last step (0)")
-    add("--weight-decay", type=float, default=0.01, help="not on biases and norms (0.01)")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="not on biases and norms (0.01)")
     add("--betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"), help="(0.9 0.999)")
-    add("--eps", type=float, default=1e-8, help="of AdamW (1e-8)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient (1)")
-    add("--dropout", type=float, help="(the model's)")
-    add("--seed", type=int, default=0, help="of a new head, the order of the data, and dropout (0)")
+    add("--eps", type=float, default=1e-8, metavar="X", help="of AdamW (1e-8)")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient (1)")
+    add("--dropout", type=float, metavar="P", help="(the model's)")
+    add("--seed", type=int, default=0, metavar="N", help="of a new head, the order of the data, and dropout (0)")
 
     group = parser.add_argument_group("LoRA: train small adapters beside frozen weights; QLoRA: those in 8 or 4 bits")
     add = group.add_argument
     add("--lora-r", type=int, metavar="R", help="rank of the adapters; turns LoRA on")
     add("--lora-alpha", type=float, metavar="A", help="their product counts A / R times (2 R)")
-    add("--lora-dropout", type=float, default=0.0, metavar="X", help="of what goes into them (0)")
+    add("--lora-dropout", type=float, default=0.0, metavar="P", help="of what goes into them (0)")
     text = "modules that get one, such as q_proj v_proj fc1, or all-linear (q_proj v_proj); a new head is trained whole"
     add("--lora-target", nargs="+", metavar="NAME", help=text)
     add("--quantize", choices=KINDS, help="the frozen weights; needs --lora-r")
@@ -91,9 +92,9 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
     add = group.add_argument
     add("--mesh", metavar="SPEC", help="such as fsdp=4,tensor=2; -1 is the rest (one device)")
     add("--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})")
-    text = "to compute in; what is trained stays float32; float16 comes with dynamic loss scaling (float32)"
+    text = "to compute in, and of frozen weights; what is trained is float32; float16: with loss scaling (float32)"
     add("--dtype", choices=COMPUTE_DTYPES, default="float32", help=text)
-    add("--micro-batches", type=int, default=1, help="parts of a batch, taken one after another (1)")
+    add("--micro-batches", type=int, default=1, metavar="N", help="parts of a batch, taken one after another (1)")
     text = (
         "kept of each layer for the backward pass: all (none is recomputed), matrix products (dots), its input (full)"
     )

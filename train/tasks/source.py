@@ -41,9 +41,15 @@ def load_tokenizer(args: argparse.Namespace, config: OPTConfig) -> Tokenizer:
 
 
 def load_weights(
-    args: argparse.Namespace, config: OPTConfig, head: str, quantize: str | None = None, *, finished: bool = False
+    args: argparse.Namespace,
+    config: OPTConfig,
+    head: str,
+    quantize: str | None = None,
+    *,
+    dtype: str = "float32",
+    finished: bool = False,
 ) -> Params:
-    """The weights in float32, or quantized, over ``--mesh``.
+    """The weights in a dtype, or quantized, over ``--mesh``.
 
     A head that the model does not have is new, by ``--seed``; where the model should be ``finished`` it is an error.
 
@@ -52,7 +58,7 @@ def load_weights(
     """
     return load_params(
         args.model,
-        "float32",
+        dtype,
         head,
         None if args.mesh is None else make_mesh(args.mesh),
         args.rules,
