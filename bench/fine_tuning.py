@@ -118,7 +118,8 @@ def logistic_regression(train: list[tuple[str, str]], test: list[tuple[str, str]
     model = make_pipeline(features, LogisticRegression(max_iter=1000))
     search = GridSearchCV(model, {"logisticregression__C": [0.3, 1, 3, 10, 30]}, cv=5)
     search.fit(*zip(*train, strict=True))
-    return float(search.score(*zip(*test, strict=True)))
+    score: Any = search.score(*zip(*test, strict=True))
+    return float(score)
 
 
 def answers(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:

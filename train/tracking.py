@@ -76,7 +76,7 @@ class TensorBoard:
 
     def begin(self, step: int) -> None:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class TensorBoard:
         self._add(step, summary=summary.text("event", text))
 
     def _add(self, step: int, **what: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         assert self._file is not None
         self._file.write_event(Event(wall_time=time.time(), step=step, **what))

@@ -39,7 +39,7 @@ class LowRank:
 
     def init(self) -> AdapterState:
         adapters = init_adapters(self.params, self._lora, jax.random.key(self._args.seed))
-        return init_adapter_state(adapters, self.params, self._options)
+        return init_adapter_state(adapters, self._options)
 
     def make_step(self, recipe: Recipe, batch_size: int, seed: int):
         compiled: dict[tuple[int, ...], Any] = {}
@@ -65,4 +65,4 @@ class LowRank:
 
 
 def _targets(names: list[str] | None) -> list[str] | str | None:
-    return names[0] if names == ["all-linear"] else names
+    return "all-linear" if names == ["all-linear"] else names
