@@ -19,11 +19,12 @@ import tokenizers
 
 import optjax
 from optjax.train import pack as command
-from optjax.train.data import PackedText, encode, inputs, packing, write_tokens
+from optjax.train.data import PackedText, documents, encode, inputs, packing, write_tokens
+from optjax.train.opt_mini.tokenizer import train_tokenizer
 
 FOLDER = Path(optjax.__file__).parent / "assets" / "opt-mini"
 WORDS = ["the", "house", "na\u00efve", "\U0001f600", "It's", "'ll", "2.5", "</s>", "\u3000", "\x85", "--", "\t", "Mr."]
-SPACES = [" ", " ", " ", " ", "  ", "\n", "\n", "\n\n", " \n", "\n ", "\r\n", "\x0b", "\u2028"]
+SPACES = [" ", " ", " ", " ", "  ", "\n", "\n", "\n\n", " \n", "\n ", "\r\n", "\x0b", "\u2028", " \n\n", "\n  ", " \n "]
 
 
 def some_text(seed: int, words: int) -> str:
@@ -111,6 +112,15 @@ def test_every_input_gives_the_plain_ids(tmp_path, kind):
         windows[len(windows)]
 
 
+def test_wherever_lines_are_cut_each_is_read_once(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(["a", "bcd", "", "\u00e9\u00e9", "f" * 40]))
+    for size in range(1, 70):
+        [*slices] = (part for shard in inputs.plan([tmp_path / "a.jsonl"], "text", size, False) for part in shard)
+        found = [part for each in slices for part in documents.read_documents(each, "text")]
+        assert [part.text for part in found] == ["a", "bcd", "", "\u00e9\u00e9", "f" * 40], size
+        assert sum(part.read for part in found) == (tmp_path / "a.jsonl").stat().st_size
+
+
 @pytest.mark.parametrize("prefix", [False, True])
 def test_a_long_text_is_cut_where_no_id_changes(tmp_path, monkeypatch, prefix):
     """In slices for the workers and in parts for the tokenizer, unless its rules for words forbid it."""
@@ -119,7 +129,8 @@ def test_a_long_text_is_cut_where_no_id_changes(tmp_path, monkeypatch, prefix):
     text = " \n" + some_text(1, 4000).replace("\r\n", "\n") + "\n" * 700
     (tmp_path / "a.txt").write_text(text, newline="\r\n" if prefix else "\n")
     (tmp_path / "b.txt").write_text(text.strip(), encoding="utf-8-sig")
-    tokenizer = optjax.Tokenizer.load("opt-mini")
+    backend = train_tokenizer([text.replace("\u3000", "x")], 330)  # it has merges across spaces
+    tokenizer = optjax.Tokenizer(backend, bos_token="</s>", eos_token="</s>", pad_token=None)
     tokenizer.backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     state = json.loads(tokenizer.backend.to_str())
     assert encode.splits_at_lines(state) is not prefix
