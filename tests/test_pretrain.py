@@ -184,7 +184,9 @@ def command(folder: Path, *more: str) -> list[str]:
             "--batch-size", "8", "--warmup", "1", "--lr", "1e-3", "--log-every", "1", *more]  # fmt: skip
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
+    """Sent twice, as a scheduler may."""
     process = subprocess.Popen(
         [sys.executable, "-m", "optjax.train.pretrain", *command(tmp_path, "--steps", "1000000")],
         stderr=subprocess.PIPE,
@@ -195,7 +197,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         while not read_log(tmp_path / "run"):
             assert process.poll() is None and time.monotonic() < deadline, "the run never took a step"
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
+        process.send_signal(number)
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()

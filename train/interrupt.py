@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 
 
 class Interrupt:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT is a KeyboardInterrupt as usual.
+    """Notes SIGTERM, SIGINT and SIGHUP (the terminal or the ssh went away; not where it is ignored, as under nohup)
+    instead of dying of them; a second SIGINT is a KeyboardInterrupt as usual.
 
     Of several processes one may get the signal (a machine is to be taken away): jax's preemption service tells the
     others and finds the step at which all stop.
@@ -30,7 +31,11 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         # Of several processes, each has the service's own handler of SIGTERM.
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        numbers = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+        if jax.process_count() > 1:
+            numbers -= {signal.SIGTERM}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers -= {signal.SIGHUP}
         try:
             self._before = {number: signal.signal(number, self._note) for number in numbers}
         except ValueError:  # not the main thread: signals are somebody else's business
@@ -39,7 +44,7 @@ class Interrupt:
 
     def _note(self, number: int, _frame: object) -> None:
         self._signalled = True
-        if number in self._before:
+        if number == signal.SIGINT and number in self._before:
             signal.signal(number, self._before[number])  # type: ignore[arg-type]
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
