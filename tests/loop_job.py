@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -120,43 +121,48 @@ SPIKES = Spikes(window=16, least=4, patience=2, max_skipped=3, margin=1, memory=
 
 def options(**changes) -> LoopOptions:
     given = {"total_steps": 12, "save_every": 4, "log_every": 2, "eval_every": 6, "quiet": True, "spikes": SPIKES}
-    return LoopOptions(**(given | {"tensorboard": False} | changes))
+    return LoopOptions(**(given | {"tensorboard": False, "report": False} | changes))
 
 
 def main() -> None:
-    """Runs a job, and dies at a moment if told so: `{"point": "save", "step": 8, "signal": 9}`."""
+    """Runs the job in FOLDER, with options and arguments of `make_job`, and a `death`: of `process`, by `signal`, once
+    its `step`-th step is handed to the device, or as soon as a file `exists` (a pattern, in the folder)."""
     from optjax.sharding import initialize
-    from optjax.train import checkpoint
 
     initialize()
-    folder, changes, planted = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    death = planted.pop("death", None)
-    job = make_job({int(n): factor for n, factor in planted.pop("plant", {}).items()}, **planted)
+    folder, changes, more = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    death = more.pop("death", None)
+    job = make_job({int(n): factor for n, factor in more.pop("plant", {}).items()}, **more)
     if death is not None and death.get("process", 0) == jax.process_index():
         die = partial(os.kill, os.getpid(), death["signal"])
-        if death["point"] == "step":
+        if "step" in death:
             job = dataclasses.replace(job, step=_after(job.step, death["step"], die))
         else:
-            _die_in(checkpoint, death, die)
-    state = run(job, folder, options(**changes))
+            threading.Thread(target=_once, args=(Path(folder), death["exists"], die), daemon=True).start()
+    given = options(**changes)
+    state = run(job, folder, given)
     whole = jax.jit(lambda tree: tree, out_shardings=state.step.sharding)(state)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and int(state.step) == given.total_steps:
         np.savez(Path(folder) / "final.npz", *map(np.asarray, jax.tree.leaves(whole)))
-        print("done", int(state.step))
 
 
 def _after(function, step, die):
+    handed = []
+
     def wrapped(state, batch):
         out = function(state, batch)
-        if int(out[0].step) == step:
+        handed.append(None)
+        if len(handed) == step:
             die()
         return out
 
     return wrapped
 
 
-def _die_in(checkpoint, death, die):
-    raise NotImplementedError
+def _once(folder: Path, pattern: str, die) -> None:
+    while not any(folder.glob(pattern)):
+        time.sleep(0.0005)
+    die()
 
 
 if __name__ == "__main__":

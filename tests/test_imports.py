@@ -122,8 +122,8 @@ def private_uses(text: str) -> list[str]:
 PUBLIC = ("optjax", "optjax.sharding", "optjax.sharding.plan", "optjax.train", "optjax.train.data")
 
 
-# Attention alone is no public function, and is measured alone all the same.
-INNER = {"bench/attentions.py"}
+# Attention alone is no public function, nor is the training loop; both are measured alone all the same.
+INNER = {"bench/attentions.py", "bench/train_loop.py"}
 
 
 @pytest.mark.parametrize(("path", "text"), [pytest.param(*program, id=program[0]) for program in programs()])

@@ -104,6 +104,7 @@ class LoopOptions:
       profile: ``(first, count)``: steps to be traced into the folder `profile`.
       tensorboard: whether to write events for it, into `tensorboard`; by default if tensorboardX is installed.
       wandb: a project's name, to log to Weights & Biases.
+      report: whether to draw `report.html` at the end, where matplotlib is installed.
       quiet: nothing on the terminal.
       spikes: what is divergence; None: only count what is skipped.
 
@@ -121,6 +122,7 @@ class LoopOptions:
     profile: tuple[int, int] | None = None
     tensorboard: bool | None = None
     wandb: str | None = None
+    report: bool = True
     quiet: bool = False
     spikes: Spikes | None = Spikes()
 
@@ -167,8 +169,11 @@ def run(job: Job, folder: str | Path, options: LoopOptions) -> Any:
             for note in notes:
                 log.event(loop.done, "damaged", note)
             checkpoints.say = lambda note: log.event(loop.done, "damaged", note)
-            loop.go(interrupt)
-            if jax.process_index() == 0:
+            try:
+                loop.go(interrupt)
+            finally:
+                job.loader.close()
+            if options.report and jax.process_index() == 0:
                 log.say(try_report(folder))
     return loop.state
 

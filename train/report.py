@@ -117,6 +117,9 @@ def _curves(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
                 ax.axvline(event["step"], color="C3", lw=0.8, ls=":", zorder=0)
         if log and all(entry.get(name, 1) > 0 for entry in entries):
             ax.set_yscale("log")
+        else:
+            _scale(ax, [entry[each] / unit for entry in lines[-1][0] for each in (name, f"validation_{name}")
+                        if _finite(entry.get(each))], from_zero=name == "tokens_per_second")  # fmt: skip
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
@@ -129,6 +132,13 @@ def _curves(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "optjax", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _scale(ax: Any, values: list[float], from_zero: bool) -> None:
+    """A scale for what counts: spikes that were rolled back leave it at the top."""
+    low, high = (min([0.0] if from_zero else values), max(values)) if values else (0.0, 1.0)
+    room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    ax.set_ylim(low if from_zero else low - room, high + room)
 
 
 def _lines(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], bool]]:

@@ -80,7 +80,8 @@ class TensorBoard:
 
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = EventsWriter(str(self._folder / "events"))
+            # Its own name has the second only, and a run that resumes at once would write over what is there.
+            self._file = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
         # TensorBoard leaves out what it read before of this step and later ones.
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
