@@ -40,6 +40,7 @@ def noisy(count, level=3.0, seed=0):
         (noisy(400), None),
         (np.concatenate([noisy(50), [30.0, 30.0], noisy(50)]), None),  # two strange batches
         (np.linspace(11.0, 2.5, 300), None),  # learning
+        (np.concatenate([noisy(20), np.tile([9.0, 3.0], 20), np.full(3, 5.0)]), ("loss spike", 61, 63)),
         (np.concatenate([noisy(50), np.full(9, 4.0)]), ("loss spike", 51, 53)),
         (np.concatenate([noisy(50), np.linspace(3.0, 8.0, 40)]), ("loss spike", None, None)),  # slowly
         (np.concatenate([noisy(6), np.full(3, 9.0)]), None),  # too early to tell
