@@ -128,10 +128,12 @@ def main() -> None:
     """Runs the job in FOLDER, with options and arguments of `make_job`, and a `death`: of `process`, by `signal`, once
     its `step`-th step is handed to the device, or as soon as a file `exists` (a pattern, in the folder)."""
     from optjax.sharding import initialize
+    from optjax.train.checkpoint import remember_run
 
     initialize()
     folder, changes, more = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     death = more.pop("death", None)
+    more |= {"evaluate": lambda state: {"mean": float(jnp.mean(state.weights))}, "better": ("mean", "min")}
     job = make_job({int(n): factor for n, factor in more.pop("plant", {}).items()}, **more)
     if death is not None and death.get("process", 0) == jax.process_index():
         die = partial(os.kill, os.getpid(), death["signal"])
@@ -139,6 +141,7 @@ def main() -> None:
             job = dataclasses.replace(job, step=_after(job.step, death["step"], die))
         else:
             threading.Thread(target=_once, args=(Path(folder), death["exists"], die), daemon=True).start()
+    remember_run(folder, job.about)  # as a script does that writes settings before the loop begins
     given = options(**changes)
     state = run(job, folder, given)
     whole = jax.jit(lambda tree: tree, out_shardings=state.step.sharding)(state)

@@ -245,19 +245,19 @@ def remember_run(folder: str | Path, about: dict[str, Any]) -> None:
     """
     path = Path(folder) / "run.json"
     about = json.loads(json.dumps(about))
-    if path.is_file():
-        before = json.loads(path.read_text())
-        differ = [k for k in sorted(before.keys() | about.keys()) if before.get(k) != about.get(k)]
-        if differ:
-            changes = "; ".join(f"{k} was {before.get(k)!r}, is {about.get(k)!r}" for k in differ)
-            raise ValueError(f"{folder} holds another run ({changes}); take another folder, or the same options")
-        return
+    before = json.loads(path.read_text()) if path.is_file() else None
+    # All look before the first writes, and none goes on before it has: else some would see a file that others did not.
     _together("all have looked for run.json")
-    if jax.process_index() == 0:
+    if before is None and jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(about, indent=2) + "\n")
         partial.rename(path)
+    _together("run.json is there")
+    if before is not None and before != about:
+        differ = [k for k in sorted(before.keys() | about.keys()) if before.get(k) != about.get(k)]
+        changes = "; ".join(f"{k} was {before.get(k)!r}, is {about.get(k)!r}" for k in differ)
+        raise ValueError(f"{folder} holds another run ({changes}); take another folder, or the same options")
 
 
 def load_run(folder: str | Path) -> Params:

@@ -1,7 +1,7 @@
 """A run's log: one JSON object a line in `log.jsonl`, and a progress bar (plain lines where there is no terminal).
 
-An entry of steps has `step`, the last of them, and figures; an entry with `event` tells what happened: `start`,
-`rollback`, `damaged`, `save failed`, `stop`, … Of several processes only the first writes.
+An entry of steps has `step`, the last of them, and figures; an entry with `event` tells what happened: `rollback`,
+`gave up`, `damaged` or `save failed`, and its `text` is for a reader. Of several processes only the first writes.
 """
 
 from __future__ import annotations

@@ -247,8 +247,8 @@ class _Loop:
                     self.save(at_the_end=stops or self.done == options.last)
                 self.meter.start(self.done)
             if stops:
-                text = f"stopped after step {self.done}; the same command goes on from there"
-                self.log.say(text)
+                if not ended:
+                    self.log.say(f"stopped after step {self.done}; the same command goes on from there")
                 break
         self.trace.stop()
 
