@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SAVED = ROOT / "bench" / "results" / "fine_tuning.md"
 POLARITY = "--epochs 4 --lr 5e-4 --batch-size 32 --dropout 0.1"
-ANSWERS = "--epochs 6 --lr 5e-4 --batch-size 16 --max-length 384"
+ANSWERS = "--epochs 4 --lr 5e-4 --batch-size 16 --max-length 384"
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from optjax.train.tasks.table import Row, read_rows, write_rows
 CONFIG = OPTConfig(
     vocab_size=8192,
     hidden_size=16,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     ffn_dim=24,
     num_attention_heads=2,
     max_position_embeddings=96,
@@ -127,13 +127,13 @@ def test_a_finished_classifier_says_the_same_again(single, tmp_path):
     assert again == [row["prediction"] for row in said]
 
 
-def test_a_stopped_run_over_devices_is_a_whole_one_on_one(small, single, tmp_path):
-    mesh = ["--mesh", "fsdp=4,tensor=2", "--stacked", "--micro-batches", "2"]
+def test_a_run_stops_on_eight_devices_and_goes_on_with_one(small, single, tmp_path):
     write_rows(tmp_path / "data.csv", reviews(64))
     flags = ["--data", tmp_path / "data.csv", "--validation-fraction", "0.2", "--epochs", "3", "--batch-size", "16"]
-    assert classify.main(command(small, tmp_path, *flags, *mesh, "--stop-at", "4")) == 75
+    mesh = ["--mesh", "fsdp=4,tensor=2", "--micro-batches", "2", "--stop-at", "5"]
+    assert classify.main(command(small, tmp_path, *flags, "--stacked", *mesh)) == 75
     assert not (tmp_path / "run" / "model").exists()
-    assert classify.main(command(small, tmp_path, *flags, *mesh)) == 0
+    assert classify.main(command(small, tmp_path, *flags, "--stacked")) == 0
     ours, wanted = ([e for e in read_log(run) if "loss" in e] for run in (tmp_path / "run", single))
     assert [entry["step"] for entry in ours] == [entry["step"] for entry in wanted] == list(range(1, 11))
     np.testing.assert_allclose([e["loss"] for e in ours], [e["loss"] for e in wanted], rtol=2e-4)
@@ -201,27 +201,24 @@ def test_a_language_model_learns_its_completions(small, tmp_path):
 # Adapters.
 
 
-@pytest.mark.parametrize("script, quantize", [(finetune, None), (classify, "nf4")])
-def test_adapters_are_those_of_peft(small, tmp_path, script, quantize):
-    """Beside the base model, in torch, they are the model that was written whole; a new head goes with them."""
-    rows = PAIRS * 4 if script is finetune else reviews(24)
-    write_rows(tmp_path / "data.jsonl", rows)
-    more = ["--data", tmp_path / "data.jsonl", "--validation", tmp_path / "data.jsonl", "--epochs", "2"]
-    more += ["--batch-size", "4", "--lora-r", "3", "--lora-target", "q_proj", "fc2", "--max-length", "40"]
-    more += ["--max-new-tokens", "4"] if script is finetune else []
-    script.main(command(small, tmp_path, *more, *([] if quantize is None else ["--quantize", quantize])))
-    run = tmp_path / "run"
-    kind = transformers.OPTForCausalLM if script is finetune else transformers.OPTForSequenceClassification
-    base = kind.from_pretrained(small, **({} if script is finetune else {"num_labels": 3})).eval()
-    ids = torch.tensor([[2, 40, 500, 6000, 7]])
+def test_adapters_are_those_of_peft(small, tmp_path):
+    """Trained beside weights in 4 bits; beside the base model in torch, they and the new head are the model that was
+    written whole."""
+    write_rows(tmp_path / "data.csv", reviews(24))
+    data = tmp_path / "data.csv"
+    more = ["--data", data, "--validation", data, "--epochs", "2"]
+    more += ["--batch-size", "8", "--lora-r", "3", "--lora-target", "q_proj", "fc2", "--quantize", "nf4"]
+    classify.main(command(small, tmp_path, *more))
+    run, ids = tmp_path / "run", torch.tensor([[2, 40, 500, 6000, 7]])
+    base = transformers.OPTForSequenceClassification.from_pretrained(small, num_labels=3).eval()
+    written = transformers.OPTForSequenceClassification.from_pretrained(run / "model").eval()
     with torch.no_grad():
-        before = base(ids).logits.numpy()
+        merged = written(ids).logits.numpy()
+        before = written.score(base.model(ids).last_hidden_state[:, -1]).numpy()
         adapted = peft.PeftModel.from_pretrained(base, run / "adapter").eval()(ids).logits.numpy()
-        merged = kind.from_pretrained(run / "model").eval()(ids).logits.numpy()
-    assert np.abs(adapted - before).max() > 1e-3
+    assert np.abs(merged - before).max() > 1e-3  # by the low-rank part alone
     np.testing.assert_allclose(adapted, merged, rtol=1e-4, atol=1e-5)
-    saved = [path for path in (run / "checkpoints").glob("*") if path.is_dir()]
-    assert len(saved) == 2 and "validation_loss" in read_log(run)[-1]
+    assert "validation_loss" in read_log(run)[-1]
 
 
 # Question answering.
