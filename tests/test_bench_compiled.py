@@ -42,6 +42,17 @@ def test_what_was_refused_is_said():
     assert "| 13b, batch 32, optjax | JaxRuntimeError |" in page
 
 
+def test_a_step_is_a_share_of_the_plain_one():
+    from bench import train_compiled
+
+    options = {"batch": 64, "micro_batches": 2}
+    one = {"mesh": "fsdp=64", "options": options, "capacity": 80 << 30, "state": 2 << 30, "fits": True}
+    known = {"13b h100:64 all": one | {"peak": 7 << 30}, "13b h100:64 plain": one | {"peak": 102 << 30, "fits": False}}
+    rows = [line for line in train_compiled.markdown(known).splitlines() if line.startswith("| ")][1:]
+    assert rows[0].endswith("| 102.00 (does not fit) | 100.0% | 100.00 | 100.0% |")
+    assert rows[1].endswith("| 7.00 | 6.9% | 5.00 | 5.0% |")
+
+
 def test_cycles_of_a_loop_count_for_each_turn():
     text = """HloModule m
 %body (p: (s32[])) -> (s32[]) {

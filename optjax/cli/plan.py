@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "rows over all devices (default: to train as in the paper, to generate 1)"
     add("--batch", type=count, metavar="N", help=text)
     text = "computed with (default: bfloat16; the weights that are trained stay float32)"
-    add("--dtype", choices=("bfloat16", "float32"), help=text)
+    add("--dtype", choices=("bfloat16", "float32", "float16"), help=text)
 
     train = parser.add_argument_group("to train").add_argument
     train("--length", type=count, metavar="N", help="tokens of a row (default: 2048)")
@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train(
         "--query-block", type=int, metavar="N", help="queries that attention takes at a time, 0 for all (default: 512)"
     )
+    text = "kernels of TPU and GPU for attention (flash), or none (default: eager)"
+    train("--attn-implementation", choices=("eager", "flash", "auto"), help=text)
     train("--loss-chunks", type=count, metavar="N", help="parts that the logits are made in (default: of 128 MiB)")
     train("--dropout", type=float, metavar="P", help="(default: 0)")
 
@@ -92,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _OPTIONS = ("batch", "dtype", "length", "micro_batches", "remat", "moments_dtype", "moments_memory", "query_block")
-_OPTIONS += ("loss_chunks", "dropout", "prompt", "cache_length", "cache_dtype", "offload", "disk_bandwidth")
+_OPTIONS += ("attn_implementation", "loss_chunks", "dropout", "prompt", "cache_length", "cache_dtype", "offload")
+_OPTIONS += ("disk_bandwidth",)
 
 
 # Settings of a run (optjax.train.settings) that have another name here.

@@ -39,7 +39,9 @@ def memory(request: Request) -> float:
     values = tokens / own * (4 * d + 4 * d / splits.shards("heads") + 2 * f / splits.shards("mlp")) * width
     heads = rows / own * config.num_attention_heads / splits.shards("heads")
     scores = 8 * heads * block * keys
-    if o.get("remat") == "none":
+    if o.get("attn_implementation") == "flash":
+        scores = 0
+    elif o.get("remat") == "none":
         scores += 6 * config.num_hidden_layers * heads * keys * keys  # in float32 and as they are multiplied
     return least + layer + values + scores + _ASIDE
 

@@ -179,9 +179,10 @@ def plan(
       save: a folder for the compiled programs' texts.
       **options: to train: ``batch`` rows (by default as in the paper) of ``length`` tokens, in ``micro_batches``
         (``"auto"``: as many as cost no time), and the other levers of a step, ``remat``, ``dtype`` (computed with),
-        ``moments_dtype``, ``moments_memory``, ``query_block``, ``loss_chunks``, ``dropout``. To generate: ``batch``
-        rows, ``prompt`` tokens read at once, ``cache_length``, ``dtype``, ``cache_dtype``, and ``offload``: layers that
-        come from the ``"host"``'s memory, or from ``"disk"`` at ``disk_bandwidth`` bytes/s (see `optjax.load_params`).
+        ``moments_dtype``, ``moments_memory``, ``query_block``, ``attn_implementation``, ``loss_chunks``, ``dropout``.
+        To generate: ``batch`` rows, ``prompt`` tokens read at once, ``cache_length``, ``dtype``, ``cache_dtype``, and
+        ``offload``: layers that come from the ``"host"``'s memory, or from ``"disk"`` at ``disk_bandwidth`` bytes/s
+        (see `optjax.load_params`).
 
     Raises:
       ValueError: something is unknown, or does not fit together.

@@ -66,13 +66,13 @@ class Request:
                 return works
             how = {"width": width, "from_disk": o["offload"] == "disk"}
             return {name: analytic.offloaded(work, self.config, splits, **how) for name, work in works.items()}
-        block = o["query_block"]
+        block, flash = o["query_block"], o["attn_implementation"] == "flash"
         step = analytic.Training(
             batch=o["batch"],
             length=o["length"],
             micro_batches=o["micro_batches"],
             remat=o["remat"],
-            blocks=o["length"] >= 1024 if block is None else 0 < block < o["length"],
+            blocks=flash or (o["length"] >= 1024 if block is None else 0 < block < o["length"]),
             moment=analytic.WIDTHS[o["moments_dtype"]],
             compute=width,
             moments_on_device=o["moments_memory"] == "device",
@@ -165,6 +165,7 @@ def _defaults(config: OPTConfig, job: str) -> dict[str, Any]:
         "moments_dtype": "float32",
         "moments_memory": "device",
         "query_block": None,
+        "attn_implementation": "eager",
         "loss_chunks": None,
         "dropout": 0.0,
     }
@@ -175,6 +176,7 @@ _CHOICES = {
     "cache_dtype": ("bfloat16", "float32", "float16", "int8"),
     "moments_dtype": ("float32", "bfloat16"),
     "moments_memory": ("device", "host"),
+    "attn_implementation": ("eager", "flash", "auto"),
     "offload": (None, "host", "disk"),
 }
 
