@@ -44,13 +44,7 @@ def main() -> None:
         parser.error(f"formats are {', '.join(FORMATS)}, not {', '.join(unknown)}")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-    write(args.folder / "hf", SIZES[args.size], args.dtype, args.repeats)
-    if "flax" in args.formats:
-        from transformers import FlaxOPTForCausalLM
-
-        flax: Any = FlaxOPTForCausalLM.from_pretrained(str(args.folder / "hf"), from_pt=True)
-        flax.save_pretrained(args.folder / "flax")
-        del flax
+    write_all(args.folder, SIZES[args.size], args.formats, args.dtype, args.repeats)
     if "ctranslate2" in args.formats:
         from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
@@ -59,6 +53,18 @@ def main() -> None:
     if "assistant" in args.formats:
         vocab = {"vocab_size": SIZES[args.size].get("vocab_size", 50272)}
         write(args.folder / "assistant", ASSISTANT | vocab, args.dtype, args.repeats)
+
+
+def write_all(
+    folder: str | Path, size: dict[str, Any], formats: list[str], dtype: str = "float32", repeats: bool = False
+) -> None:
+    """FOLDER/hf, and FOLDER/flax if it is named."""
+    write(Path(folder, "hf"), size, dtype, repeats)
+    if "flax" in formats:
+        from transformers import FlaxOPTForCausalLM
+
+        flax: Any = FlaxOPTForCausalLM.from_pretrained(str(Path(folder, "hf")), from_pt=True)
+        flax.save_pretrained(Path(folder, "flax"))
 
 
 def write(folder: Path, size: dict[str, Any], dtype: str, repeats: bool) -> None:

@@ -70,6 +70,10 @@ def main() -> None:
         from bench.attention_sides import side as attention_side
 
         side: Any = attention_side(name.removeprefix("attention:"))
+    elif name.startswith("train:"):
+        from bench.train_sides import SIDES as TRAIN_SIDES
+
+        side = TRAIN_SIDES[name.removeprefix("train:")]()
     else:
         side = SIDES[name]()
     for line in sys.stdin:
@@ -83,7 +87,8 @@ def main() -> None:
 
 def respond(side: Any, options: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     """The answer to ``{"load": folder}``, or ``{"ids": prompts, "new": how many, "how": the strategy}``, each perhaps
-    with ``"reset"`` of the memory's peak; or ``{"shape": of queries, …}``, for attention alone."""
+    with ``"reset"`` of the memory's peak; or ``{"shape": of queries, …}``, for attention alone; or ``{"records": a
+    batch, "steps": how many}``, for training."""
     import numpy as np
 
     if request.get("reset"):
@@ -93,6 +98,8 @@ def respond(side: Any, options: dict[str, Any], request: dict[str, Any]) -> dict
     if "load" in request:
         side.load(Path(request["load"]), options)
         return {"seconds": time.perf_counter() - start, "peak": peak_of(), "version": side.version()}
+    if "records" in request:
+        return side.train(np.asarray(request["records"], np.int32), request["steps"]) | {"peak": peak_of()}
     if "shape" in request:
         return side.attend(**request)
     ids = np.asarray(request["ids"])

@@ -61,6 +61,18 @@ def test_every_guess_is_right(tmp_path):
     assert out.passes == 6 and 2 * 6 <= len(passes) <= 2 * 8
 
 
+def test_train_cpu_compares_the_same_losses(repository, tmp_path):
+    file = tmp_path / "figures.json"
+    options = "--layers 1 --width 16 --heads 2 --vocab 64 --length 12 --batch 2 --rounds 1 --steps 2 --threads 1"
+    printed = _run(repository, "bench.train_cpu", *options.split(), "--json", file)
+    results = json.loads(file.read_text())
+    assert [r["side"] for r in results] == ["optjax", "torch", "flax"] and printed.count("×") == 2
+    for result in results:
+        assert len(result["rounds"]) == 1 and result["rounds"][0] > 0 and result["peak"] > 20e6
+        np.testing.assert_allclose(result["losses"], results[0]["losses"], rtol=1e-4)
+    assert len(set(results[0]["losses"])) == 3
+
+
 def test_decode_gpu_runs_dry(repository, tmp_path):
     """On a CPU all is run but the GPU, and float32 sides make the same tokens."""
     options = "--device cpu --dtype float32 --sizes tiny --lengths 8 16 --batches 2 --new 3 --rounds 1 --threads 1"
