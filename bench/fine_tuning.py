@@ -36,7 +36,7 @@ from bench import report
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SAVED = ROOT / "bench" / "results" / "fine_tuning.md"
-POLARITY = "--epochs 4 --lr 5e-4 --batch-size 32 --dropout 0.1"
+POLARITY = "--epochs 2 --lr 1e-3 --batch-size 32 --dropout 0.2 --weight-decay 0.1"
 ANSWERS = "--epochs 4 --lr 5e-4 --batch-size 16 --max-length 384"
 
 
