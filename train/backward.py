@@ -23,7 +23,7 @@ from optjax.lora.weight import check_not_adapted
 from optjax.model import Inputs, embed
 from optjax.offloading import check_not_offloaded
 from optjax.params import Params
-from optjax.placed import constrain
+from optjax.placed import constrain, platform
 
 from .batches import Batch, positions, seen
 from .head_loss import head_loss, loss_scales
@@ -204,9 +204,12 @@ def _layer(params: Params, options: StepOptions):
         if options.attention_kind(params, (b, t)) == "flash":
             kind: Any = {"flash": Flash(placement, real, segments=segments)}
         else:
-            kind = {"query_block": options.block_of_queries(t)}
+            kind = {"query_block": options.block_of_queries(t, platform(placement))}
         y, _, _ = decoder_layer(config, placement, weights, x, visible, None, key, None, **kind)
         return constrain(placement, y, "batch", "residual_length", None)
+
+    if options.remat == "none" and placement is None and platform(placement) == "cpu":
+        return layer  # all is kept, as nothing is gathered; `jax.checkpoint` would pass over all of it once more
 
     policies = jax.checkpoint_policies
     policy = {

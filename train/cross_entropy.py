@@ -12,7 +12,7 @@ from optjax.declaration import logical_axes
 from optjax.heads import IGNORE_INDEX
 from optjax.lora.weight import AdaptedWeight
 from optjax.params import Params
-from optjax.placed import cast, constrain, gather, in_parts, parts
+from optjax.placed import cast, constrain, gather, in_parts, parts, platform
 from optjax.quantization.weight import QuantizedWeight
 
 from .options import StepOptions
@@ -38,7 +38,7 @@ def summed_loss(params: Params, x: jax.Array, labels: jax.Array, scale: jax.Arra
         # Chunks are interleaved (every n-th token), so that a device that has a part of a row has its part of each.
         length //= placement.shards("length")
         rows, vocab = rows / placement.shards("batch"), vocab / placement.shards("vocab")
-    chunks = options.chunks_of_loss(length, 4 * rows * vocab)
+    chunks = options.chunks_of_loss(length, 4 * rows * vocab, platform(placement))
     axes = logical_axes(config, params.head)[name]["weight"]
     labels = constrain(placement, labels, "batch", "length")
     table = params[name]["weight"]
@@ -63,7 +63,7 @@ def _summed_loss(table, x, labels, scale, placement: Any, axes, chunks: int) -> 
 def _with_gradients(table, x, labels, scale, placement, axes, chunks):
     trained = table.perturbed  # a frozen table gets no gradient, whose sum would take its memory
     table, x, labels, scale = (each.value for each in (table, x, labels, scale))
-    used = _as_used(table, x.dtype, placement, axes)
+    used, on_cpu = _as_used(table, x.dtype, placement, axes), _on_cpu(placement)
 
     def add(carry, part):
         total, sums = carry
@@ -75,16 +75,22 @@ def _with_gradients(table, x, labels, scale, placement, axes, chunks):
             return (total + nll, sums), dx
         # Each part of the tokens has a sum of its own: else every chunk would be summed over all devices.
         d_logits, x = (in_parts(placement, y) for y in (d_logits, x))
+        if on_cpu:
+            # In the other order XLA's CPU backend would write out the transpose of the logits' gradients first.
+            more = jnp.einsum("pbqte,pbqtv->pqev", x, d_logits, preferred_element_type=jnp.float32)
+            return (total + nll, sums + more), dx
         more = jnp.einsum("pbqtv,pbqte->pqve", d_logits, x, preferred_element_type=jnp.float32)
         return (total + nll, constrain(placement, sums + more, "batch", "length", "vocab", None)), dx
 
     b, t, e = x.shape
     places = parts(placement, b, "batch"), parts(placement, t // chunks, "length")
-    sums = jnp.zeros((*places, *table.shape), jnp.float32) if trained else None
+    shape = table.shape[::-1] if on_cpu else table.shape
+    sums = jnp.zeros((*places, *shape), jnp.float32) if trained else None
     (total, sums), dx = _over_chunks(add, (_no_loss(labels, chunks), sums), x, labels, chunks)
     dx = constrain(placement, jnp.moveaxis(dx, 0, 2).reshape(b, t, e), "batch", "residual_length", None)
     if not trained:
         return total.sum() * scale, (None, dx)
+    sums = sums.swapaxes(-1, -2) if on_cpu else sums
     d_table = sums[0, 0] if placement is None else placement.total(sums, axes)
     # Left to itself the compiler keeps every device's whole sum until the layers are done.
     return total.sum() * scale, jax.lax.optimization_barrier((d_table.astype(table.dtype), dx))
@@ -106,13 +112,20 @@ def _chunk(used, x, labels, placement):
         logits = jnp.einsum("bte,ve->btv", x, used, preferred_element_type=jnp.float32)
         logits = constrain(placement, logits, "batch", "length", "vocab")
         kept = labels != IGNORE_INDEX
-        # Compared rather than looked up: each device compares its own part of the vocabulary.
+        # Compared rather than looked up, but on a CPU alone: each device compares its own part of the vocabulary.
         is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[..., None]
         norm = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.where(is_label, logits, 0.0).sum(-1)
+        if _on_cpu(placement):
+            picked = jnp.take_along_axis(logits, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
+        else:
+            picked = jnp.where(is_label, logits, 0.0).sum(-1)
         nll = jnp.where(kept, norm - picked, 0.0)
         d_logits = jnp.where(kept[..., None], jnp.exp(logits - norm[..., None]) - is_label, 0.0)
         return nll, d_logits, x
+
+
+def _on_cpu(placement) -> bool:
+    return platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
 
 
 def _no_loss(labels, chunks: int) -> jax.Array:

@@ -13,10 +13,10 @@ DTYPES = ("float32", "bfloat16")
 COMPUTE_DTYPES = (*DTYPES, "float16")
 MEMORIES = ("device", "host")
 
-# Scores of more queries than this at once are not worth their memory.
-QUERY_BLOCK = 512
+# Scores of more queries than this at once are not worth their memory; on a CPU, not worth what falls out of its cache.
+QUERY_BLOCK, QUERY_BLOCK_ON_CPU = 512, 128
 # What one chunk's logits may take on a device.
-LOGITS_BYTES = 128 << 20
+LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 128 << 20, 16 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class StepOptions:
       remat: what of a layer is kept for the backward pass. ``"none"``: all but gathered weights; ``"dots"``: what
         matrix products with weights give; ``"full"``: the layer's input; ``"offload"``: that, in the host's memory.
       query_block: attention goes over so many queries at a time, whose scores are computed again in the backward pass;
-        0 is all at once. By default 512 of records of 1024 tokens and more.
+        0 is all at once. By default 512 of records of 1024 tokens and more, on a CPU 128 of 256 and more.
       attn_implementation: ``"eager"``, ``"flash"`` (kernels of TPU and GPU, without attention dropout), or ``"auto"``,
         which is ``"flash"`` where that can be had and no query_block is given; see `optjax.attention_kind`.
       loss_chunks: a row's logits are made in so many parts, forward and backward, and never exist in full. By default
-        as many as keep a part below 128 MiB on a device.
+        as many as keep a part below 128 MiB on a device, on a CPU 16 MiB.
       moments_dtype: of AdamW's moments. bfloat16 is rounded stochastically, so that small changes add up.
       moments_memory: ``"device"``, or ``"host"`` (pinned), from where each layer's come while it is updated.
       loss_scale_init, loss_scale_window, loss_scale_floor: of float16: the first scale, the finite updates in a row
@@ -93,21 +93,22 @@ class StepOptions:
         by_hand = spread_by_hand(params)
         return settle(name, params.config, params.placement, self.dtype, shape, odd=odd, by_hand=by_hand)
 
-    def block_of_queries(self, length: int) -> int | None:
-        """The queries that attention takes at a time, of rows of this length; None for all.
+    def block_of_queries(self, length: int, on: str) -> int | None:
+        """The queries that attention takes at a time, of rows of this length on a platform; None for all.
 
         Raises:
           ValueError: the length does not divide into the blocks asked for.
         """
         if self.query_block is None:
-            block = QUERY_BLOCK if length >= 2 * QUERY_BLOCK and length % QUERY_BLOCK == 0 else length
+            block = QUERY_BLOCK_ON_CPU if on == "cpu" else QUERY_BLOCK
+            block = block if length >= 2 * block and length % block == 0 else length
         else:
             block = self.query_block or length
         if length % block:
             raise ValueError(f"query_block {block} does not divide records of {length} tokens")
         return None if block == length else block
 
-    def chunks_of_loss(self, length: int, bytes_per_token: float) -> int:
+    def chunks_of_loss(self, length: int, bytes_per_token: float, on: str) -> int:
         """The parts that a row's logits are made in, where one token of every row takes so many bytes on a device.
 
         Args:
@@ -117,7 +118,8 @@ class StepOptions:
           ValueError: the length does not divide into the parts asked for.
         """
         if self.loss_chunks is None:
-            most = max(1, math.floor(LOGITS_BYTES / bytes_per_token))
+            allowed = LOGITS_BYTES_ON_CPU if on == "cpu" else LOGITS_BYTES
+            most = max(1, math.floor(allowed / bytes_per_token))
             return next(n for n in range(1, length + 1) if length % n == 0 and (length // n <= most or n == length))
         if length % self.loss_chunks:
             raise ValueError(f"loss_chunks {self.loss_chunks} does not divide the {length} tokens of a device's rows")

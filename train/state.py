@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optjax.config import OPTConfig
 from optjax.params import Params, abstract_params
+from optjax.placed import platform
 from optjax.sharding.overlap import compile_overlapped
 
 from .adamw import Moments, init_moments, update
@@ -155,6 +156,6 @@ def check_batch(params: Params, rows: int, length: int, options: StepOptions) ->
                 f"records of {length} tokens do not divide over {shares} devices, as the rule for {axis!r} asks; take "
                 "another length, or None for it in the rules"
             )
-    options.block_of_queries(length)
+    options.block_of_queries(length, platform(params.placement))
     options.attention_kind(params, (rows // options.micro_batches, length))
-    options.chunks_of_loss(length // shares, 1.0)
+    options.chunks_of_loss(length // shares, 1.0, platform(params.placement))
