@@ -248,7 +248,7 @@ def test_a_hub_model_is_described_by_its_config(run, source, monkeypatch):
 
     monkeypatch.setattr(hub, "_download", download)
     [model] = json.loads(run("info", "someone/something", "--revision", "v2", "--json")[1])
-    assert asked == [("someone/something", "v2", False)]
+    assert asked == [("someone/something", "v2", None)]
     assert model["parameters"]["total"] == optjax.count_params(CONFIG)
 
 

@@ -123,7 +123,7 @@ PUBLIC = ("optjax", "optjax.sharding", "optjax.sharding.plan", "optjax.train", "
 
 
 # Attention alone is no public function, nor is the training loop; both are measured alone all the same.
-INNER = {"bench/attentions.py", "bench/train_loop.py"}
+INNER = {"bench/attentions.py", "bench/train_loop.py", "bench/train_sides.py"}
 
 
 @pytest.mark.parametrize(("path", "text"), [pytest.param(*program, id=program[0]) for program in programs()])

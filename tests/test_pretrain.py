@@ -187,11 +187,15 @@ def command(folder: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     """Sent twice, as a scheduler may."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "optjax.train.pretrain", *command(tmp_path, "--steps", "1000000")],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    before = signal.signal(number, signal.SIG_DFL)  # a child inherits that a signal is ignored, as under nohup
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "optjax.train.pretrain", *command(tmp_path, "--steps", "1000000")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(number, before)
     try:
         deadline = time.monotonic() + 120
         while not read_log(tmp_path / "run"):
