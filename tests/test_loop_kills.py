@@ -30,7 +30,7 @@ SAVING = "checkpoints/{}.*tmp*"
         ),
         (
             2,
-            0.1,  # one process hears of the other's signal after a second at most
+            0.3,  # one process hears of the other's signal after a second or so, on a busy machine later
             [
                 {"signal": signal.SIGKILL, "exists": SAVING.format(8), "process": 1},
                 {"signal": signal.SIGTERM, "step": 5, "process": 1},
