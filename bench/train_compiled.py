@@ -29,8 +29,8 @@ STEPS: dict[str, dict[str, Any]] = {
 NAMES = {
     "plain": "plain: all is kept, attention and loss in one piece",
     "remat": "layers computed again",
-    "remat, flash": "and attention by a flash kernel",
-    "all": "and the loss in chunks",
+    "remat, flash": "layers computed again, attention by a flash kernel",
+    "all": "layers computed again, attention by a flash kernel, the loss in chunks",
 }
 
 

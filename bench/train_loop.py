@@ -35,12 +35,12 @@ def main() -> None:
 
     from optjax import OPTConfig, init_params
     from optjax.train.data import open_text, write_tokens
-    from optjax.train.loop import Job, LoopOptions, run
+    from optjax.train.job import Job, LoopOptions
+    from optjax.train.loop import run
     from optjax.train.optimizer import Recipe
-    from optjax.train.options import StepOptions
     from optjax.train.placing import place_batch
-    from optjax.train.pretraining import model_flops, step_function
     from optjax.train.state import abstract_state, compile_step, init_state
+    from optjax.train.stepping import model_flops, step_function
 
     config = OPTConfig(
         vocab_size=args.vocabulary,
@@ -65,7 +65,7 @@ def main() -> None:
         bare_state: Any = init(1)
         batch = place_batch(next(loader), bare_state.params, args.batch)
         bare = compile_step(bare_state, batch, recipe)
-        inner = step_function(recipe, 0, StepOptions(), args.batch)
+        inner = step_function(lambda *_: bare, bare_state.params, args.batch)
         in_loop, alone, calls, mark = [], [], 0, 0.0
 
         def step(state, host_batch):

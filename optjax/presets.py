@@ -47,3 +47,17 @@ _GALACTICA = _sizes(
 )
 
 PRESETS: dict[str, dict[str, Any]] = _OPT | _GALACTICA
+
+_M = 1 << 20
+# Tokens of a batch in training (Zhang et al. 2022, table 1).
+BATCH_TOKENS: dict[str, int] = {
+    "opt-125m": _M // 2,
+    "opt-350m": _M // 2,
+    "opt-1.3b": _M,
+    "opt-2.7b": _M,
+    "opt-6.7b": 2 * _M,
+    "opt-13b": 4 * _M,
+    "opt-30b": 4 * _M,
+    "opt-66b": 2 * _M,
+    "opt-175b": 2 * _M,
+}

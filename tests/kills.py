@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,30 +20,15 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from processes import environments
 
 PROGRAM = Path(__file__).with_name("loop_job.py")
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def start(folder: Path, options: dict, more: dict, processes: int = 1, devices: int = 8) -> list[subprocess.Popen]:
     """One command on every process, of `devices` in all."""
-    port, started = free_port(), []
-    for i in range(processes):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-        }
-        if processes > 1:
-            environment |= {
-                "OPTJAX_COORDINATOR": f"127.0.0.1:{port}",
-                "OPTJAX_NUM_PROCESSES": str(processes),
-                "OPTJAX_PROCESS_ID": str(i),
-            }
+    started = []
+    for i, environment in enumerate(environments(processes, devices)):
         command = [sys.executable, str(PROGRAM), str(folder), json.dumps(options), json.dumps(more)]
         out = open(folder.parent / f"{folder.name}-{i}.txt", "ab")
         started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))

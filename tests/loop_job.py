@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optjax.train.divergence import Spikes
-from optjax.train.loop import Job, LoopOptions, run
+from optjax.train.job import Job, LoopOptions
+from optjax.train.loop import run
 
 B, D = 16, 24
 

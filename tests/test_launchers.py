@@ -81,6 +81,19 @@ def test_a_wrong_command_is_not_started_again_on_tpu(stand_in, tmp_path):
         assert found.returncode == 2 and "tpu.sh --name NAME" in found.stderr
 
 
+def test_what_fails_before_the_run_is_tried_again_on_tpu(stand_in, tmp_path):
+    """Whatever its status: only pretrain's own 2 says that its command is wrong."""
+    body = """case "$*" in
+  *describe*) echo ACTIVE ;;
+  *"pip install"*) [[ -e "$STATE/tried" ]] || { touch "$STATE/tried"; exit 2; } ;;
+esac"""
+    stand_in("gcloud", body)
+    assert run("tpu.sh", "--name", "it", "--zone", "z", "--type", "v6e-8", "--", "--steps", "5").returncode == 0
+    asked = calls(tmp_path)
+    assert len([call for call in asked if "pip install" in call]) == 2
+    assert len([call for call in asked if "pretrain" in call]) == 1
+
+
 def test_hosts_are_numbered_and_started_again_together(stand_in, tmp_path, monkeypatch):
     # The second host breaks at first; the others would run on, were they not ended.
     body = """

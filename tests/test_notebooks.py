@@ -51,37 +51,33 @@ def test_pins_are_the_tested_versions(text: Path):
     assert [pin for pin in pins if pin not in tested] == []
 
 
-def execute(notebook: Path, folder: Path) -> list[dict]:
-    """The cells after a run without a network, in an empty folder, where pip would fail."""
+def execute(notebook: Path, folder: Path) -> tuple[int, str]:
+    """How many pictures it draws and what it says, without a network, in an empty folder, where pip would fail."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "PIP_NO_INDEX": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
     done = folder / "done.ipynb"
     command = [sys.executable, "-W", "ignore", "-c", EXECUTE, str(notebook), str(done)]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(done.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(done.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    return pictures, "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
 
 
 def test_plan_and_shard_runs(tmp_path):
     """Without the TPU compiler the plans are left out; what is spread over devices is not."""
-    cells = execute(COLAB / "plan_and_shard.ipynb", tmp_path)
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    pictures, said = execute(COLAB / "plan_and_shard.ipynb", tmp_path)
     compiled = importlib.util.find_spec("libtpu") is not None
-    assert len(pictures) == 2 + compiled and said.count("left out:") == 1 - compiled
+    assert pictures == 2 + compiled and said.count("left out:") == 1 - compiled
     assert "8 devices of cpu" in said and "the same on one device: True" in said
 
 
 def test_decoding_runs(tmp_path):
     """It holds itself to its claims: guessed texts are the greedy ones."""
-    cells = execute(COLAB / "decoding.ipynb", tmp_path)
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 4
-    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    pictures, said = execute(COLAB / "decoding.ipynb", tmp_path)
+    assert pictures == 4
     passes = dict(re.findall(r"^([\w ,]+): log p .* (\d+) passes$", said, re.MULTILINE))
     assert int(passes["prompt lookup"]) < int(passes["greedy"]) == 40 and len(passes) == 7
 
@@ -89,11 +85,8 @@ def test_decoding_runs(tmp_path):
 def test_pretrain_runs(tmp_path, monkeypatch):
     """A few steps; it is killed half way, and learns all the same."""
     monkeypatch.setenv("OPTJAX_NOTEBOOK_STEPS", "24")
-    cells = execute(COLAB / "pretrain.ipynb", tmp_path)
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1
-    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    pictures, said = execute(COLAB / "pretrain.ipynb", tmp_path)
+    assert pictures == 1
     killed = int(re.findall(r"killed after step (\d+) of 24", said)[0])
     steps = [int(step) for step in re.findall(r"^step (\d+):", said, re.MULTILINE)]
     assert 12 <= killed < 24 and steps[-1] == 24 and 3 < steps[0] <= killed + 1
@@ -104,11 +97,8 @@ def test_pretrain_runs(tmp_path, monkeypatch):
 def test_finetune_runs(tmp_path, monkeypatch):
     """On a few docstrings: what is learned of them is shown, not judged."""
     monkeypatch.setenv("OPTJAX_NOTEBOOK_EXAMPLES", "80")
-    cells = execute(COLAB / "finetune.ipynb", tmp_path)
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1
-    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    pictures, said = execute(COLAB / "finetune.ipynb", tmp_path)
+    assert pictures == 1
     assert said.count("left out:") == 1  # the hub's model
     assert re.search(r"^accuracy [\d.]+, F1", said, re.MULTILINE)
     assert re.search(r"^[\d,]+ numbers were trained beside 5,388,288$", said, re.MULTILINE)
@@ -117,11 +107,7 @@ def test_finetune_runs(tmp_path, monkeypatch):
 
 
 def test_generate_runs(tmp_path):
-    cells = execute(COLAB / "generate.ipynb", tmp_path)
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 4
-    said = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    pictures, said = execute(COLAB / "generate.ipynb", tmp_path)
+    assert pictures == 4
     assert said.count("left out:") == 1  # the hub's model
     assert said.count("The old house stood at the end of the road, and") >= 4

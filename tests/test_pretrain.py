@@ -16,12 +16,13 @@ from optjax import OPTConfig, init_params
 from optjax.params import unstack_layers
 from optjax.train.checkpoint import Checkpoints, load_run
 from optjax.train.data import text_batches, write_tokens
+from optjax.train.interrupt import STOPPED
+from optjax.train.job import LoopOptions
 from optjax.train.log import read_log
-from optjax.train.loop import LoopOptions
 from optjax.train.loss import evaluate, next_token_loss
 from optjax.train.optimizer import Recipe, decayed, learning_rate
 from optjax.train.options import StepOptions
-from optjax.train.pretrain import STOPPED, main
+from optjax.train.pretrain import main
 from optjax.train.pretraining import Options, pretrain
 from optjax.train.state import init_state, train_step
 

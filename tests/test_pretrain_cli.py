@@ -15,7 +15,7 @@ from optjax import OPTConfig
 from optjax.train import pretrain, settings
 from optjax.train.checkpoint import load_run
 from optjax.train.data.store import read_about
-from optjax.train.sources import parse_source
+from optjax.train.sources import parse_source, tokenizer_of
 
 CONFIG = OPTConfig(
     vocab_size=8192,
@@ -118,6 +118,31 @@ def test_from_text_to_a_model(tmp_path, monkeypatch):
     ours = optjax.causal_lm(jax.tree.map(lambda w: w.astype("float32"), params), ids, attention_mask=mask).logits
     real = np.asarray(mask) != 0
     np.testing.assert_allclose(np.asarray(ours)[real], theirs.numpy()[real], atol=1e-4)
+
+
+def test_prompts_that_leave_no_room_are_left_out(tmp_path, monkeypatch, capsys):
+    """A model of 8 positions cannot continue the prompts that are there by default; a tokenizer with more entries than
+    the model, or a folder packed with one that cannot be had, is said before anything is trained."""
+    monkeypatch.chdir(tmp_path)
+    CONFIG.replace(max_position_embeddings=8).to_json("config.json")
+    CONFIG.replace(vocab_size=100).to_json("small.json")
+    Path("text.txt").write_text("a b c " * 200)
+    words = ["--data", "text.txt", "--steps", "1", "--batch-size", "8", "--run", "run", "--eval-every", "1"]
+    tokenizer = ["--tokenizer", "opt-mini"]
+    assert (
+        pretrain.main([*words, *tokenizer, "--config", "config.json", "--prompts", "It", "It was a dark night. " * 3])
+        == 0
+    )
+    [entry] = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()][-1:]
+    assert [text.startswith("It") for text in entry["samples"]] == [True]
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main([*words, *tokenizer, "--config", "small.json"])
+    assert stopped.value.code == 2 and "the tokenizer has 8192 entries, the model only 100" in capsys.readouterr().err
+    [packed] = Path("run/text").iterdir()
+    about = json.loads((packed / "about.json").read_text())
+    (packed / "about.json").write_text(json.dumps(about | {"tokenizer": "/no/such/folder"}))
+    assert tokenizer_of([(packed, 1.0)], None) is None
+    assert "no sample texts" in (said := capsys.readouterr().err) and "/no/such/folder" in said
 
 
 def test_begins_with_the_weights_of_a_checkpoint(tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,32 +11,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 from checkpoint_helpers import PRE_NORM, make_state, prefixed, write_config
+from processes import environments
 
 import optjax
 
 PROGRAM = Path(__file__).with_name("one_of_several_processes.py")
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def run(processes: int, checkpoint: Path, out: Path) -> None:
     """Runs the program in so many processes of 8 devices in all."""
-    port, started = free_port(), []
-    for i in range(processes):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-        }
-        if processes > 1:
-            environment |= {
-                "OPTJAX_COORDINATOR": f"127.0.0.1:{port}",
-                "OPTJAX_NUM_PROCESSES": str(processes),
-                "OPTJAX_PROCESS_ID": str(i),
-            }
+    started = []
+    for environment in environments(processes):
         command = [sys.executable, str(PROGRAM), str(checkpoint), str(out)]
         started.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optjax.lora.adapters import init_adapters
 from optjax.lora.apply import with_adapters
@@ -24,7 +24,6 @@ from optjax.lora.weight import check_not_adapted
 from optjax.model import with_outer_dropout
 from optjax.offloading import check_not_offloaded
 from optjax.params import Params
-from optjax.placed import constrain
 from optjax.sharding.overlap import compile_overlapped
 
 from .backward import batch_loss
@@ -33,6 +32,7 @@ from .guard import Guard, after_step, init_guard
 from .head_loss import loss_scales
 from .optimizer import Recipe, learning_rate
 from .options import PLAIN, StepOptions
+from .placing import everywhere, in_micro_batches
 from .state import check_batch
 
 
@@ -64,12 +64,12 @@ def init_adapter_state(adapters: Adapters, options: StepOptions = PLAIN) -> Adap
     if dtypes != {"float32"}:
         raise ValueError(f"adapters are trained in float32, these are {', '.join(sorted(dtypes))}")
     moments: Any = optimizer(_ANY, adapters).init(_as_tree(adapters))
-    lies, everywhere = leaves[0].sharding, None
+    lies, scalar = leaves[0].sharding, None
     if isinstance(lies, NamedSharding):
-        everywhere = NamedSharding(lies.mesh, PartitionSpec())
-        lie = _like_adapters(moments, jax.tree.map(lambda leaf: leaf.sharding, adapters), everywhere)
+        scalar = NamedSharding(lies.mesh, PartitionSpec())
+        lie = _like_adapters(moments, jax.tree.map(lambda leaf: leaf.sharding, adapters), scalar)
         moments = jax.tree.map(jax.device_put, moments, lie)
-    return AdapterState(adapters, moments, jnp.zeros((), jnp.int32, device=everywhere), init_guard(options, everywhere))
+    return AdapterState(adapters, moments, jnp.zeros((), jnp.int32, device=scalar), init_guard(options, scalar))
 
 
 def abstract_adapter_state(base: Params, config: LoraConfig, options: StepOptions = PLAIN) -> AdapterState:
@@ -87,12 +87,12 @@ def abstract_adapter_state(base: Params, config: LoraConfig, options: StepOption
     _check_base(base)
     _check_options(options)
     shapes: Any = jax.eval_shape(made, base, jax.random.key(0))
-    everywhere, lie = _everywhere(base), _lie(shapes.adapters, base)
+    scalar, lie = everywhere(base), _lie(shapes.adapters, base)
     shardings: Any = AdapterState(
         lie,
-        _like_adapters(shapes.moments, lie, everywhere),
-        everywhere,
-        jax.tree.map(lambda _: everywhere, shapes.guard),
+        _like_adapters(shapes.moments, lie, scalar),
+        scalar,
+        jax.tree.map(lambda _: scalar, shapes.guard),
     )
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
@@ -159,7 +159,7 @@ def adapter_step(
         lambda after, before: jnp.where(finite, after, before), (adapters, moments), (state.adapters, state.moments)
     )
     if base.placement is not None:
-        lie = _like_adapters(moments, _lie(adapters, base), _everywhere(base))
+        lie = _like_adapters(moments, _lie(adapters, base), everywhere(base))
         moments = jax.tree.map(jax.lax.with_sharding_constraint, moments, lie)
     new = AdapterState(place_adapters(adapters, base), moments, state.step + 1, after_step(guard, finite, options))
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
@@ -191,13 +191,8 @@ def loss_and_adapter_gradients(
         total, gradients = add(start, dict(batch), 0)
         return total / loss_scale, place_adapters(gradients, base)
 
-    def in_parts(array: jax.Array) -> jax.Array:
-        b, *rest = array.shape
-        parts = array.reshape(b // m, m, *rest).swapaxes(0, 1)
-        return constrain(base.placement, parts, None, "batch", *(None for _ in rest))
-
-    parts = jax.tree.map(in_parts, dict(batch))
-    (total, gradients), _ = jax.lax.scan(lambda carry, each: (add(carry, *each), None), start, (parts, jnp.arange(m)))
+    parts = in_micro_batches(batch, base, m), jnp.arange(m)
+    (total, gradients), _ = jax.lax.scan(lambda carry, each: (add(carry, *each), None), start, parts)
     return total / loss_scale, place_adapters(gradients, base)
 
 
@@ -230,17 +225,10 @@ def _check_options(options: StepOptions) -> None:
         raise ValueError("the moments of adapters are small: they are float32 and on the device; leave moments_… out")
 
 
-def _everywhere(base: Params) -> Any:
-    """The sharding of a scalar."""
-    if base.placement is None:
-        return SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(base.placement.mesh, PartitionSpec())
-
-
 def _lie(adapters: Adapters, base: Params) -> Any:
     """The sharding of every adapter."""
     if base.placement is None:
-        return jax.tree.map(lambda _: _everywhere(base), adapters)
+        return jax.tree.map(lambda _: everywhere(base), adapters)
     return shardings_of(adapters, base)
 
 

@@ -28,7 +28,7 @@ from optjax.placed import constrain, platform
 from .batches import Batch, positions, seen
 from .head_loss import head_loss, loss_scales
 from .options import StepOptions
-from .placing import place
+from .placing import in_micro_batches, place
 
 Weights = dict[str, Any]
 
@@ -71,16 +71,11 @@ def loss_and_gradients(
         loss, gradients = add(start, (dict(batch), _fold_in(dropout_key, 0)))
         return loss / loss_scale, gradients
 
-    def in_parts(array: jax.Array) -> jax.Array:
-        b, *rest = array.shape
-        parts = array.reshape(b // m, m, *rest).swapaxes(0, 1)
-        return constrain(params.placement, parts, None, "batch", *(None for _ in rest))
-
     def step(carry, each):
         part, i = each
         return add(carry, (part, _fold_in(dropout_key, i))), None
 
-    (loss, gradients), _ = jax.lax.scan(step, start, (jax.tree.map(in_parts, dict(batch)), jnp.arange(m)))
+    (loss, gradients), _ = jax.lax.scan(step, start, (in_micro_batches(batch, params, m), jnp.arange(m)))
     return loss / loss_scale, gradients
 
 

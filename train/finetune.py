@@ -32,6 +32,7 @@ import numpy as np
 
 from optjax import OPTConfig, Params, Tokenizer
 
+from .flags import step_options
 from .tasks import flags
 from .tasks.causal import TOO_LONG, Example, Fields, collate, encode_examples, packed_rows
 from .tasks.language import beginnings, evaluate, write
@@ -114,7 +115,7 @@ class _Reader:
         return [example.arrays(learns) for example in examples]
 
     def figures(self, params: Params, arrays: Sequence[dict[str, Any]]) -> dict[str, float]:
-        options = dataclasses.replace(flags.step_options(self.args), micro_batches=1)
+        options = dataclasses.replace(step_options(self.args), micro_batches=1)
         return evaluate(params, arrays, self.collate, self.evaluation_batch, options)
 
     def write(self, params: Params, prompts: Sequence[np.ndarray], batch_size: int) -> list[str]:

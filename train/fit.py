@@ -54,7 +54,8 @@ def fit(
     here = topology_here(devices)
     asked = {
         name: getattr(options, name)
-        for name in ("dtype", "remat", "query_block", "loss_chunks", "moments_dtype", "moments_memory")
+        for name in ("dtype", "remat", "query_block", "attn_implementation", "loss_chunks")
+        + ("moments_dtype", "moments_memory")
     }
     request = make_request(
         config,

@@ -8,6 +8,9 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
+# The exit status of a script whose run was told to stop and has saved: EX_TEMPFAIL of sysexits.h, try again.
+STOPPED = 75
+
 
 class Interrupt:
     """Notes SIGTERM, SIGINT and SIGHUP (the terminal or the ssh went away; not where it is ignored, as under nohup)

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optjax.declaration import Weight
 from optjax.params import Params, build_params
+from optjax.placed import constrain
 
 
 def shardings(params: Params, memory: str = "device") -> Params:
@@ -34,6 +35,25 @@ def place(params: Params, memory: str = "device") -> Params:
     if params.placement is None:
         return params
     return jax.tree.map(jax.lax.with_sharding_constraint, params, shardings(params))
+
+
+def everywhere(params: Params) -> Any:
+    """The sharding of a scalar beside the params."""
+    if params.placement is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(params.placement.mesh, PartitionSpec())
+
+
+def in_micro_batches(batch: Mapping[str, Any], params: Params, count: int) -> dict[str, jax.Array]:
+    """Inside a compiled program: ``[count, B / count, …]`` of each array; part m has rows m, m + count, …, so that
+    every device has its own of each."""
+
+    def parts(array: jax.Array) -> jax.Array:
+        b, *rest = array.shape
+        cut = array.reshape(b // count, count, *rest).swapaxes(0, 1)
+        return constrain(params.placement, cut, None, "batch", *(None for _ in rest))
+
+    return {name: parts(array) for name, array in batch.items()}
 
 
 def rows(params: Params, batch_size: int) -> range:

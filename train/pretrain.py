@@ -34,17 +34,17 @@ from optjax.kernels.choice import IMPLEMENTATIONS
 from optjax.sharding import RULES, initialize
 from optjax.sharding.rules import DEFAULT_RULES
 
-from . import settings
+from . import flags, settings
 from .divergence import Diverged, Spikes
 from .fit import fit
-from .loop import LoopOptions
+from .interrupt import STOPPED
+from .job import LoopOptions
 from .optimizer import Recipe
-from .options import COMPUTE_DTYPES, DTYPES, MEMORIES, REMAT, StepOptions
+from .options import COMPUTE_DTYPES, DTYPES, MEMORIES, REMAT
 from .pretraining import Options, pretrain
 from .recipes import RECIPES, recipe_for
 from .sources import packed, tokenizer_of
 
-STOPPED = 75
 PROMPTS = ("The old house stood at the end of the road, and", "In the beginning")
 # Of a run without a preset.
 DEFAULTS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         options = _options(args, config)
         loop = _loop(args, recipe)
         text = packed(args.data, args.tokenizer, args.run / "text", text_field=args.text_field, quiet=args.quiet)
-        tokenizer = tokenizer_of(text, args.tokenizer)
+        tokenizer = tokenizer_of(text, args.tokenizer, quiet=args.quiet)
         validation = _validation(args)
         more = {"validation": validation, "tokenizer": tokenizer, "prompts": args.prompts}
         state = pretrain(config, recipe, options, text, args.run, loop, settings=settings.resolved(args), **more)
@@ -147,33 +147,15 @@ def _config(args: argparse.Namespace) -> OPTConfig:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    return Recipe(
-        peak_lr=args.lr,
-        total_steps=args.steps,
-        warmup_steps=args.warmup,
-        decay_from=args.decay_from,
-        final_fraction=args.final_fraction,
-        beta1=args.betas[0],
-        beta2=args.betas[1],
-        eps=args.eps,
-        weight_decay=args.weight_decay,
-        clip_norm=args.clip,
-    )
+    schedule = {"total_steps": args.steps, "warmup_steps": args.warmup, "decay_from": args.decay_from}
+    return flags.recipe(args, peak_lr=args.lr, **schedule)
 
 
 def _options(args: argparse.Namespace, config: OPTConfig) -> Options:
-    step = StepOptions(
-        dtype=args.dtype,
-        remat=args.remat,
-        query_block=args.query_block,
-        attn_implementation=args.attn_implementation,
-        loss_chunks=args.loss_chunks,
-        moments_dtype=args.moments_dtype,
-        moments_memory=args.moments_memory,
-    )
+    step = flags.step_options(args)
     batch = {"batch_size": args.batch_size, "length": args.length}
     found = fit(config, step, mesh=args.mesh, rules=args.rules, micro_batches=args.micro_batches, **batch)
-    if found.needed > found.capacity and not args.quiet:
+    if found.needed > found.capacity and not args.quiet and jax.process_index() == 0:
         needed, has = (f"{each / 2**30:.1f} GiB" for each in (found.needed, found.capacity))
         print(f"by estimate this takes {needed} of a device's {has}; optjax plan asks the compiler", file=sys.stderr)
     return Options(
@@ -191,19 +173,8 @@ def _options(args: argparse.Namespace, config: OPTConfig) -> Options:
 
 
 def _loop(args: argparse.Namespace, recipe: Recipe) -> LoopOptions:
-    return LoopOptions(
-        total_steps=recipe.total_steps,
-        stop_at=args.stop_at,
-        save_every=args.save_every,
-        keep=args.keep,
-        eval_every=args.eval_every,
-        log_every=args.log_every,
-        profile=None if args.profile is None else tuple(args.profile),
-        tensorboard=args.tensorboard,
-        wandb=args.wandb,
-        quiet=args.quiet,
-        spikes=Spikes() if args.spikes else None,
-    )
+    every = {"save_every": args.save_every, "eval_every": args.eval_every}
+    return flags.loop_options(args, total_steps=recipe.total_steps, spikes=Spikes() if args.spikes else None, **every)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,12 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=200, metavar="STEPS", help="(200)")
     add("--keep", type=int, default=3, metavar="N", help="checkpoints that stay (3)")
     add("--spikes", action=on_or_off, default=True, help="go back when the loss or the gradient leaps (yes)")
-    add("--tensorboard", action=on_or_off, default=None, help="write event files (where tensorboardX is installed)")
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
-    add("--profile", type=int, nargs=2, metavar=("STEP", "N"), help="trace N steps from STEP on")
     add("--export", type=Path, metavar="FOLDER", help="at the end, write a Hugging Face checkpoint here")
-    add("--export-dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
-    add("--quiet", action=on_or_off, default=False, help="no progress on the terminal")
+    flags.add_output(add)
     return parser
 
 

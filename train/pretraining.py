@@ -13,18 +13,19 @@ import optjax
 from optjax.config import OPTConfig
 from optjax.params import Params, init_params
 from optjax.sharding import make_mesh
-from optjax.sharding.plan.analytic import attention_flops, causal_pairs, token_flops
 
 from .checkpoint import remember_run
 from .data import open_text, text_batches
 from .data.text import Sources
-from .loop import Job, LoopOptions, run
+from .job import Job, LoopOptions
+from .loop import run
 from .loss import evaluate
 from .optimizer import Recipe
 from .options import PLAIN, StepOptions
-from .placing import place_batch, rows
+from .placing import rows
 from .settings import write as write_settings
 from .state import TrainState, abstract_state, check_batch, compile_step, init_state
+from .stepping import model_flops, step_function
 
 # Of a sample text at an evaluation.
 SAMPLE_TOKENS = 64
@@ -82,8 +83,8 @@ def pretrain(
       settings: kept in the folder as `settings.json`.
 
     Raises:
-      ValueError: the folder holds another run, records are longer than the model's positions, or something does not
-        divide over the mesh.
+      ValueError: the folder holds another run, records are longer than the model's positions, the tokenizer has more
+        entries than the model, or something does not divide over the mesh.
       FileNotFoundError: the text is not there.
     """
     mesh = None if options.mesh is None else make_mesh(options.mesh)
@@ -93,41 +94,28 @@ def pretrain(
     check_batch(target.params, options.batch_size, length, options.step)
     of_process = {"rows": rows(target.params, options.batch_size), "boundaries": options.boundaries}
     batches = {"length": length, "batch_size": options.batch_size, "vocab_size": config.vocab_size}
+    evaluate, sample = _evaluate(validation, target.params, options, batches), _sample(tokenizer, prompts, config)
     loader = open_text(text, seed=options.seed, **batches, **of_process)
+
+    def compile(state: TrainState, batch: Any) -> Any:
+        return compile_step(state, batch, recipe, options.seed, options.step)
+
     job = Job(
         target=target,
         init=lambda: init_state(_first_weights(config, options, spread), options.step),
-        step=step_function(recipe, options.seed, options.step, options.batch_size),
+        step=step_function(compile, target.params, options.batch_size),
         loader=loader,
         about=_about(config, options),
         tokens_per_step=options.batch_size * length,
         flops_per_step=model_flops(config, options.batch_size, length),
-        evaluate=_evaluate(validation, target.params, options, batches, of_process),
-        sample=_sample(tokenizer, prompts, config),
+        evaluate=evaluate,
+        sample=sample,
     )
     remember_run(folder, job.about)  # before the settings of another run are written over
     if settings is not None:
         write_settings(settings, folder)
-    return run(job, folder, loop)
-
-
-def step_function(recipe: Recipe, seed: int, options: StepOptions, batch_size: int) -> Callable:
-    """(state, host batch) → (state, metrics); compiled when it is first called, for the shapes it then sees."""
-    compiled: list[Any] = []
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        placed = place_batch(batch, state.params, batch_size)
-        if not compiled:
-            compiled.append(compile_step(state, placed, recipe, seed, options))
-        return compiled[0](state, placed)
-
-    return step
-
-
-def model_flops(config: OPTConfig, batch_size: int, length: int) -> float:
-    """FLOPs of a step by which utilization is measured: forward and twice that, attention over the past alone."""
-    pairs = batch_size * causal_pairs(length)
-    return 3 * (token_flops(config) * batch_size * length + attention_flops(config, pairs))
+    with loader:
+        return run(job, folder, loop)
 
 
 def _about(config: OPTConfig, options: Options) -> dict[str, Any]:
@@ -139,30 +127,32 @@ def _about(config: OPTConfig, options: Options) -> dict[str, Any]:
 def _first_weights(config: OPTConfig, options: Options, spread: dict[str, Any]) -> Params:
     if options.weights is None:
         return init_params(config, jax.random.key(options.seed), scheme=options.init_scheme, **spread)
-    params = optjax.load_params(
-        options.weights, dtype="float32", head="causal_lm", mesh=spread["mesh"], rules=options.rules
-    )
-    params = dataclasses.replace(params, config=config)  # the same weights; dropout may be another
-    return optjax.stack_layers(params) if options.stacked else params
+    return optjax.load_params(options.weights, "float32", "causal_lm", config=config, **spread)
 
 
 def _evaluate(
-    validation: str | Path | None, params: Params, options: Options, batches: dict[str, Any], of_process: dict[str, Any]
+    validation: str | Path | None, params: Params, options: Options, batches: dict[str, Any]
 ) -> Callable | None:
     if validation is None:
         return None
     size = options.batch_size // options.step.micro_batches
-    of_process = of_process | {"rows": rows(params, size)}
-    text = text_batches(validation, max_batches=options.eval_batches, **(batches | {"batch_size": size}), **of_process)
+    how: dict[str, Any] = {**batches, "batch_size": size, "rows": rows(params, size), "boundaries": options.boundaries}
+    text = text_batches(validation, max_batches=options.eval_batches, **how)
     return lambda state: evaluate(
         state.params, text, options.step, batch_size=size, bytes_per_token=text.bytes_per_token
     )
 
 
 def _sample(tokenizer: Any, prompts: Sequence[str], config: OPTConfig) -> Callable | None:
-    if tokenizer is None or not prompts:
+    """Of the prompts that leave room for an answer."""
+    if tokenizer is None:
         return None
-    ids, mask = tokenizer(list(prompts))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
+    prompts = [text for text in prompts if len(tokenizer.encode(text)) < config.max_position_embeddings]
+    if not prompts:
+        return None
+    ids, mask = tokenizer(prompts)
     new = min(SAMPLE_TOKENS, config.max_position_embeddings - int(mask.sum(1).max()))
     quiet = {"suppress_tokens": tokenizer.unused_ids(config.vocab_size)}
 

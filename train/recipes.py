@@ -12,31 +12,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from optjax.presets import BATCH_TOKENS
+
 LENGTH = 2048
 TOKENS, WARMUP_TOKENS = 300e9, 375e6
-_M = 1 << 20
-
-# size: peak learning rate, tokens of a batch.
-_TABLE: dict[str, tuple[float, int]] = {
-    "opt-125m": (6e-4, _M // 2),
-    "opt-350m": (3e-4, _M // 2),
-    "opt-1.3b": (2e-4, _M),
-    "opt-2.7b": (1.6e-4, _M),
-    "opt-6.7b": (1.2e-4, 2 * _M),
-    "opt-13b": (1e-4, 4 * _M),
-    "opt-30b": (1e-4, 4 * _M),
-    "opt-66b": (0.8e-4, 2 * _M),
-    "opt-175b": (1.2e-4, 2 * _M),
+PEAK_LR = {
+    "opt-125m": 6e-4,
+    "opt-350m": 3e-4,
+    "opt-1.3b": 2e-4,
+    "opt-2.7b": 1.6e-4,
+    "opt-6.7b": 1.2e-4,
+    "opt-13b": 1e-4,
+    "opt-30b": 1e-4,
+    "opt-66b": 0.8e-4,
+    "opt-175b": 1.2e-4,
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
     size: {
         "config": size,
         "length": LENGTH,
-        "batch_size": batch // LENGTH,
+        "batch_size": BATCH_TOKENS[size] // LENGTH,
         "tokens": TOKENS,
         "lr": lr,
-        "warmup_tokens": 2000 * batch if size == "opt-175b" else WARMUP_TOKENS,
+        "warmup_tokens": 2000 * BATCH_TOKENS[size] if size == "opt-175b" else WARMUP_TOKENS,
         "final_fraction": 0.1,
         "betas": (0.9, 0.95),
         "eps": 1e-8,
@@ -48,7 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "remat": "full",
         "stacked": True,
     }
-    for size, (lr, batch) in _TABLE.items()
+    for size, lr in PEAK_LR.items()
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,25 @@ def packed(
     return ready
 
 
-def tokenizer_of(sources: Sequence[tuple[Path, float]], named: str | None) -> Any:
-    """The tokenizer that is named, else that with which the text was packed; None where neither can be had."""
+def tokenizer_of(sources: Sequence[tuple[Path, float]], named: str | None, *, quiet: bool = False) -> Any:
+    """The tokenizer that is named, else that with which the text was packed; None, and said, where neither can be had.
+
+    Raises:
+      FileNotFoundError, ValueError: as `optjax.Tokenizer.load`, of the one that is named.
+    """
     from optjax.tokenizer import Tokenizer
 
     if named is not None:
         return Tokenizer.load(named)
     with_name = read_about(sources[0][0]).get("tokenizer")
+    if not with_name:
+        return None
     try:
-        return None if with_name is None else Tokenizer.load(with_name)
-    except (ValueError, OSError):
+        return Tokenizer.load(with_name)
+    except (ValueError, OSError) as error:
+        if not quiet and jax.process_index() == 0:
+            why = (str(error).splitlines() or [""])[0]
+            print(f"no sample texts, and no tokenizer with --export: {why} (--tokenizer names one)", file=sys.stderr)
         return None
 
 

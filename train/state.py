@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optjax.config import OPTConfig
 from optjax.params import Params, abstract_params
@@ -21,7 +20,7 @@ from .batches import Batch, check_arrays
 from .guard import Guard, abstract_guard, after_step, init_guard
 from .optimizer import Recipe
 from .options import PLAIN, StepOptions
-from .placing import place, shardings
+from .placing import everywhere, place, shardings
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "moments", "step", "guard"], meta_fields=[])
@@ -45,7 +44,7 @@ def init_state(params: Params, options: StepOptions = PLAIN) -> TrainState:
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if dtypes != {"float32"}:
         raise ValueError(f"training keeps its weights in float32, these are {', '.join(sorted(dtypes))}")
-    sharding = None if params.placement is None else _everywhere(params)
+    sharding = None if params.placement is None else everywhere(params)
     step = jnp.zeros((), jnp.int32, device=sharding)
     return TrainState(params, init_moments(params, options), step, init_guard(options, sharding))
 
@@ -74,16 +73,9 @@ def abstract_state(
         )
 
     first, second = (like(options.moments_dtype, options.moments_memory) for _ in range(2))
-    sharding = _everywhere(params)
+    sharding = everywhere(params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
     return TrainState(like("float32", "device"), Moments(first, second), step, abstract_guard(sharding))
-
-
-def _everywhere(params: Params) -> Any:
-    """The sharding of a scalar."""
-    if params.placement is None:
-        return SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(params.placement.mesh, PartitionSpec())
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)

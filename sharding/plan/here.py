@@ -33,7 +33,8 @@ def chip_here(device: Any = None) -> Chip | None:
 
 
 def _guessed(device: Any) -> Chip:
-    stats = device.memory_stats() or {} if device.process_index == jax.process_index() else {}
+    # Of one of its own: no process can ask another's, and all should guess the same.
+    stats = jax.local_devices()[0].memory_stats() or {}
     capacity, rates = stats.get("bytes_limit"), (1e14, 1e12, 5e10, 5e9, 2e10)
     if capacity is None:  # a CPU: half of the memory, shared among as many devices as it plays
         capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // jax.local_device_count()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optjax.config import OPTConfig
+from optjax.presets import BATCH_TOKENS, PRESETS
 from optjax.sharding.choose import choose_mesh
 from optjax.sharding.mesh import format_mesh, parse_mesh
 from optjax.sharding.placement import Placement, _that_work, misfit
@@ -22,8 +23,8 @@ JOBS = ("train", "generate")
 # Of the memory, what micro-batches may fill by estimate, which is off by up to a tenth.
 MARGIN = 0.8
 HARDLY_LONGER = 1.02
-# Batches in tokens that the sizes were trained with (Zhang et al. 2022, table 1), by parameters of the hidden size.
-_PAPER_TOKENS = {768: 2**19, 1024: 2**19, 2048: 2**20, 2560: 2**20, 4096: 2**21, 5120: 2**22, 7168: 2**22}
+# By the hidden size, as a config has no name.
+_PAPER_TOKENS = {PRESETS[size]["hidden_size"]: tokens for size, tokens in BATCH_TOKENS.items()}
 
 
 @dataclass(frozen=True)

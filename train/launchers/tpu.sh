@@ -57,11 +57,12 @@ acquire() {
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 archive="$(mktemp -d)/optjax.tar.gz"
 trap 'rm -rf "$(dirname "$archive")"' EXIT
-tar -czf "$archive" --exclude .git --exclude .venv --exclude build -C "$(dirname "$root")" "$(basename "$root")"
+# What an installation takes, and none of the runs and environments that may lie beside it.
+tar -czf "$archive" -C "$root" pyproject.toml README.md LICENSE optjax sharding train
 # Arguments go through a shell on the other side.
 arguments="$(printf ' %q' "$@")"
-install="mkdir -p optjax && tar -xzf optjax.tar.gz --strip-components 1 -C optjax &&
-  python3 -m venv venv && venv/bin/pip install --quiet './optjax[tpu,train]'"
+install="mkdir -p checkout && tar -xzf optjax.tar.gz -C checkout &&
+  python3 -m venv venv && venv/bin/pip install --quiet './checkout[tpu,train]'"
 
 ssh_all() {
   local pids=() status=0 slice node
@@ -84,8 +85,12 @@ copy_all() {
 
 while true; do
   acquire
-  status=0
-  { copy_all && ssh_all "$install" && ssh_all "venv/bin/python -m optjax.train.pretrain$arguments"; } || status=$?
+  # A status of 2 is pretrain's own word; what fails before may go another time.
+  status=1
+  if copy_all && ssh_all "$install"; then
+    status=0
+    ssh_all "venv/bin/python -m optjax.train.pretrain$arguments" || status=$?
+  fi
   case "$status" in
     0) echo "finished; tpu.sh --name $name --zone $zone --delete gives the slices back"; exit 0 ;;
     2) echo "the command is wrong: see above" >&2; exit 2 ;;

@@ -13,15 +13,16 @@ from optjax import LoraConfig, OPTConfig, Params, init_adapters, merge_adapters,
 from ..adapters import AdapterState, abstract_adapter_state, compile_adapter_step, init_adapter_state
 from ..optimizer import Recipe
 from ..options import StepOptions
-from ..placing import place_batch
+from ..stepping import Step, step_function
 from .source import load_weights
-from .trained import Batch
 
 ADAPTER = "adapter"
 
 
 class LowRank:
     """Adapters beside a frozen model, which may be quantized; see `Trained`."""
+
+    frozen = True
 
     def __init__(self, args: argparse.Namespace, config: OPTConfig, head: str, options: StepOptions):
         self._args, self._config, self._head, self._options = args, config, head, options
@@ -41,17 +42,12 @@ class LowRank:
         adapters = init_adapters(self.params, self._lora, jax.random.key(self._args.seed))
         return init_adapter_state(adapters, self._options)
 
-    def make_step(self, recipe: Recipe, batch_size: int, seed: int):
-        compiled: dict[tuple[int, ...], Any] = {}
+    def make_step(self, recipe: Recipe, batch_size: int, seed: int) -> Step:
+        def compile(state: AdapterState, batch: Any) -> Any:
+            compiled = compile_adapter_step(state, self.params, batch, recipe, seed, self._options)
+            return lambda state, batch: compiled(state, self.params, batch)
 
-        def step(state: AdapterState, batch: Batch) -> tuple[AdapterState, dict]:
-            placed = place_batch(batch, self.params, batch_size)
-            shape = placed["input_ids"].shape
-            if shape not in compiled:
-                compiled[shape] = compile_adapter_step(state, self.params, placed, recipe, seed, self._options)
-            return compiled[shape](state, self.params, placed)
-
-        return step
+        return step_function(compile, self.params, batch_size)
 
     def model(self, state: AdapterState) -> Params:
         return with_adapters(self.params, state.adapters)

@@ -10,9 +10,11 @@ from optjax.quantization.quantize import KINDS
 from optjax.sharding import RULES
 from optjax.sharding.rules import DEFAULT_RULES
 
-from ..loop import LoopOptions
+from .. import flags as shared
+from ..flags import add_output
+from ..job import LoopOptions
 from ..optimizer import Recipe
-from ..options import COMPUTE_DTYPES, DTYPES, MEMORIES, REMAT, StepOptions
+from ..options import COMPUTE_DTYPES, DTYPES, MEMORIES, REMAT
 from .lengths import TOO_LONG
 from .table import check_writable
 
@@ -116,31 +118,15 @@ def add_log(parser: argparse.ArgumentParser) -> None:
     add("--eval-batch-size", type=int, metavar="N", help="rows (--batch-size)")
     add("--save-every", type=int, metavar="STEPS", help="to go on from after a crash (as --eval-every)")
     add("--keep", type=int, default=2, metavar="N", help="checkpoints that stay, beside the best (2)")
-    text = "write event files (where tensorboardX is installed)"
-    add("--tensorboard", action=argparse.BooleanOptionalAction, default=None, help=text)
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
-    add("--profile", type=int, nargs=2, metavar=("STEP", "N"), help="trace N steps from STEP on")
     add("--stop-at", type=int, metavar="STEP", help="stop early, with the schedule unchanged")
-    add("--export-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (float32)")
-    add("--quiet", action=argparse.BooleanOptionalAction, default=False, help="no progress on the terminal")
+    add_output(add)
 
 
 def loop_options(args: argparse.Namespace, total_steps: int, per_epoch: int) -> LoopOptions:
     """How the loop goes. The small batches of a fine-tuning have losses too uneven to call some of them spikes."""
     every = args.eval_every or min(per_epoch, total_steps)
-    return LoopOptions(
-        total_steps=total_steps,
-        stop_at=args.stop_at,
-        profile=None if args.profile is None else tuple(args.profile),
-        save_every=args.save_every or every,
-        keep=args.keep,
-        eval_every=every,
-        log_every=args.log_every,
-        tensorboard=args.tensorboard,
-        wandb=args.wandb,
-        quiet=args.quiet,
-        spikes=None,
-    )
+    save = args.save_every or every
+    return shared.loop_options(args, total_steps=total_steps, save_every=save, eval_every=every, spikes=None)
 
 
 def recipe(args: argparse.Namespace, total_steps: int) -> Recipe:
@@ -151,27 +137,9 @@ def recipe(args: argparse.Namespace, total_steps: int) -> Recipe:
     """
     if not 0 <= args.warmup_fraction <= 1:
         raise ValueError(f"--warmup-fraction should lie in [0, 1], not {args.warmup_fraction}")
-    return Recipe(
-        peak_lr=args.lr or (LORA_LR if args.lora_r else LR),
-        total_steps=total_steps,
-        warmup_steps=round(args.warmup_fraction * total_steps),
-        final_fraction=args.final_fraction,
-        beta1=args.betas[0],
-        beta2=args.betas[1],
-        eps=args.eps,
-        weight_decay=args.weight_decay,
-        clip_norm=args.clip,
-    )
-
-
-def step_options(args: argparse.Namespace) -> StepOptions:
-    """The levers of the train step.
-
-    Raises:
-      ValueError: values that do not go together.
-    """
-    names = ("dtype", "micro_batches", "remat", "attn_implementation", "moments_dtype", "moments_memory")
-    return StepOptions(**{name: getattr(args, name) for name in names})
+    rate = args.lr or (LORA_LR if args.lora_r else LR)
+    warmup = round(args.warmup_fraction * total_steps)
+    return shared.recipe(args, peak_lr=rate, total_steps=total_steps, warmup_steps=warmup)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from optjax import OPTConfig, Params
 from optjax.sharding import make_mesh
 
 from ..optimizer import Recipe
 from ..options import StepOptions
-from ..placing import place_batch
 from ..state import TrainState, abstract_state, compile_step, init_state
+from ..stepping import Step, step_function
 from .source import load_weights
-
-Batch = Mapping[str, np.ndarray]
 
 
 class Trained(Protocol):
@@ -26,18 +21,20 @@ class Trained(Protocol):
     params: the weights that batches are placed beside; abstract where they are in the state.
     target: the state without its values, for restoring.
     about: what a run's folder remembers of it.
+    frozen: whether the model's own weights have no gradient.
     """
 
     params: Params
     target: Any
     about: dict[str, Any]
+    frozen: bool
 
     def init(self) -> Any:
         """The state before the first step."""
         ...
 
-    def make_step(self, recipe: Recipe, batch_size: int, seed: int) -> Callable[[Any, Batch], tuple[Any, dict]]:
-        """A train step of a state and this process's rows of a batch; compiles at the first batch of a shape."""
+    def make_step(self, recipe: Recipe, batch_size: int, seed: int) -> Step:
+        """As of `step_function`."""
         ...
 
     def model(self, state: Any) -> Params:
@@ -52,6 +49,8 @@ class Trained(Protocol):
 class AllWeights:
     """Full fine-tuning."""
 
+    frozen = False
+
     def __init__(self, args: argparse.Namespace, config: OPTConfig, head: str, options: StepOptions):
         mesh = None if args.mesh is None else make_mesh(args.mesh)
         self._args, self._config, self._head, self._options = args, config, head, options
@@ -63,17 +62,11 @@ class AllWeights:
     def init(self) -> TrainState:
         return init_state(load_weights(self._args, self._config, self._head), self._options)
 
-    def make_step(self, recipe: Recipe, batch_size: int, seed: int):
-        compiled: dict[tuple[int, ...], Any] = {}
+    def make_step(self, recipe: Recipe, batch_size: int, seed: int) -> Step:
+        def compile(state: TrainState, batch: Any) -> Any:
+            return compile_step(state, batch, recipe, seed, self._options)
 
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-            placed = place_batch(batch, state.params, batch_size)
-            shape = placed["input_ids"].shape
-            if shape not in compiled:
-                compiled[shape] = compile_step(state, placed, recipe, seed, self._options)
-            return compiled[shape](state, placed)
-
-        return step
+        return step_function(compile, self.params, batch_size)
 
     def model(self, state: TrainState) -> Params:
         return state.params

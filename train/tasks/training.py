@@ -21,16 +21,18 @@ from .. import settings
 from ..checkpoint import remember_run, restore_best
 from ..data import open_examples
 from ..export import export
-from ..loop import Job, run
+from ..flags import step_options
+from ..interrupt import STOPPED
+from ..job import Job
+from ..loop import run
 from ..placing import rows
-from ..pretraining import model_flops
 from ..state import check_batch
+from ..stepping import model_flops
 from . import flags
 from .adapted import LowRank
 from .trained import AllWeights
 
 MODEL = "model"
-STOPPED = 75  # as of `optjax.train.pretrain`: the same command goes on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def train(args: argparse.Namespace, task: Task) -> Params | None:
     Raises:
       ValueError: something does not fit together, said before anything is compiled; or the folder holds another run.
     """
-    options = flags.step_options(args)
+    options = step_options(args)
     per_epoch = len(task.examples) / args.batch_size
     total = max(1, math.ceil(args.epochs * per_epoch))
     recipe = flags.recipe(args, total)
@@ -114,7 +116,7 @@ def train(args: argparse.Namespace, task: Task) -> Params | None:
         loader=loader,
         about=_about(args, task) | trained.about,
         tokens_per_step=args.batch_size * length,
-        flops_per_step=model_flops(task.config, args.batch_size, length),
+        flops_per_step=model_flops(task.config, args.batch_size, length, task.head, frozen=trained.frozen),
         evaluate=None if evaluate is None else lambda state: evaluate(trained.model(state)),
         sample=None if sample is None else lambda state: sample(trained.model(state)),
         better=None if evaluate is None else task.better,
