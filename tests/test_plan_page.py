@@ -11,9 +11,11 @@ import pytest
 from optjax.cli.arguments import parse
 from optjax.sharding.plan import page as page_module
 from optjax.sharding.plan.compiling import Compiled
+from optjax.sharding.plan.excess import FAR, above, over
 from optjax.sharding.plan.page import ALSO, JOBS, RENTED, SIZES, Page, from_words, ladder, make, smallest
 from optjax.sharding.plan.planning import assemble
 from optjax.sharding.plan.request import Request
+from optjax.sharding.plan.working_set import working_set
 
 
 @pytest.fixture
@@ -75,8 +77,37 @@ def test_the_page_has_every_row_with_its_command(compiled, tmp_path, monkeypatch
     assert sorted(commands) == sorted(json.loads((tmp_path / "PLANS.json").read_text())) == sorted(set(compiled))
     assert {"v5e", "v6e", "v5p", "tpu7x", "h100"} <= {re.findall(r"--topology (\w+)", c)[0] for c in commands}
     lines = [line for line in text.splitlines() if line.startswith("| opt-1.3b |")]
-    assert len(lines) == 2 + len(commands)  # two tables of the smallest slices
+    assert len(lines) == 2 + 2 * len(commands)  # two tables of the smallest slices, and all are a fifth above the least
     # Again, of what is there already.
     before = list(compiled)
     make(Page(tmp_path / "PLANS.json", lambda command: False), tmp_path / "PLANS.md")
     assert compiled == before and (tmp_path / "PLANS.md").read_text() == text
+
+
+def test_the_working_set_by_hand():
+    """A row a device; fsdp's parts of a layer are gathered, tensor's are not."""
+    found = working_set(from_words("opt-13b --topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch 8 --micro-batches 1"))
+    d, f, v, t = 5120, 20480, 50272, 2048
+    layer = 4 * d * d + 2 * d * f + (3 * d + f)  # what tensor=2 splits; norms and the other biases are whole
+    whole = 6 * d
+    assert found == {
+        "two layers' weights": 2 * 2 * (layer // 2 + whole),
+        "a layer's gradient": 4 * (layer // 2 + whole),
+        "the table and its gradient": 6 * v * d // 2,
+        "a layer's values": 2 * (2 * t // 2 * d + t * (2 * d + 6 * d // 2 + 3 * f // 2)),
+        "scores of a block of queries": 10 * 20 * 512 * t,
+        "logits at once": 2 * (128 << 20),
+    }
+    flash = from_words("opt-13b --topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch 8 --attn-implementation flash")
+    assert "scores of a block of queries" not in working_set(flash)
+    read = working_set(from_words("opt-125m --topology v5e:1x1 --job generate --batch 8"))
+    assert read["scores of a block of queries"] == 10 * 8 * 12 * 512 * 2048 and read["logits at once"] == 8 * 8 * v
+
+
+def test_what_stands_above_the_least_is_the_working_set(repository):
+    """Of all train steps that were compiled for the page, and of whatever needs far more than the least."""
+    page = Page(repository / "sharding" / "PLANS.json")
+    for command, made in page.rows.items():
+        if made["job"] == "train" or over(made) > FAR:
+            in_use = sum(working_set(page_module.Row(command, made).request()).values())
+            assert 0 < above(made) <= in_use, command

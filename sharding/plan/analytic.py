@@ -179,7 +179,7 @@ def decoding(
 def offloaded(work: Work, config: OPTConfig, splits: Splits, *, width: int, from_disk: bool = False) -> Work:
     """The same work, but the layers' matrices come to the device for it, two layers at a time."""
     matrices = [w for w in declare(config) if w.per_layer and len(w.shape) > 1]
-    layer = sum(_share(w, splits, ()) for w in matrices) * width
+    layer = sum(share(w, splits, ()) for w in matrices) * width
     total = layer * config.num_hidden_layers
     at_once = (1 if from_disk else 2) * layer
     memory = work.memory | {"weights": work.memory["weights"] - total, "layers on their way": at_once}
@@ -218,7 +218,7 @@ def layer_flops(config: OPTConfig, splits: Splits, tokens: float, pairs: float) 
 
 def stored_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
     """Of the weights as a device keeps them."""
-    return sum(_share(w, splits, ()) * _copies(config, w) for w in declare(config)) * width
+    return sum(share(w, splits, ()) * _copies(config, w) for w in declare(config)) * width
 
 
 def used_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
@@ -226,7 +226,7 @@ def used_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
     looked up, not read, but for the one that is the head as well."""
     tokens = {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
     read = (w for w in declare(config) if w.path != "embed_positions.weight")
-    return sum(_share(w, splits, tokens) * _copies(config, w) for w in read) * width
+    return sum(share(w, splits, tokens) * _copies(config, w) for w in read) * width
 
 
 def cache_width(config: OPTConfig, dtype: str) -> float:
@@ -240,7 +240,7 @@ def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, widt
     return int(2 * config.num_hidden_layers * batch * length * config.hidden_size * width) // parts
 
 
-def _share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:
+def share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:
     """Elements of one weight on a device."""
     sizes: Mapping[str, int] = splits.mesh.shape
     gathered = set(gathered)

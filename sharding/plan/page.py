@@ -18,12 +18,13 @@ from typing import Any
 
 from optjax.presets import PRESETS
 
-from . import units
+from . import excess, units
 from .estimate import memory
 from .hardware import CHIPS, parse_topology, shapes
 from .planning import run
 from .request import Request, make_request
 from .search import combinations, least
+from .working_set import working_set
 
 SIZES = [name for name in PRESETS if name.startswith("opt-")]
 RENTED = ("v5e", "v6e", "v5p", "tpu7x", "h100")
@@ -79,6 +80,10 @@ class Row:
     @property
     def fits(self) -> bool:
         return self.made["fits"]
+
+    def request(self) -> Request:
+        """What was compiled."""
+        return from_words(self.command.removeprefix("optjax plan "))
 
 
 class Page:
@@ -170,6 +175,8 @@ def write(rows: dict[str, list[Row]], smallest_of: dict[tuple[str, str, str], Ro
             lines.append(f"| {size} | {' | '.join(cells)} |")
     for job, title in (("train", "Training"), ("generate", "Generation: a decode step")):
         lines += [f"\n## {title}\n", *_table(rows[job])]
+    far = [row for job in JOBS for row in rows[job] if excess.over(row.made) > excess.FAR]
+    lines += [excess.WHY, *excess.table([(row.made, working_set(row.request())) for row in far])]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -186,14 +193,13 @@ def _table(rows: list[Row]) -> list[str]:
         made = row.made
         step = list(made["steps"].values())[-1]
         floor = step["seconds_at_least"]
-        over = max(each["peak_over_least"] for each in made["steps"].values())
         spare = f"{units.size(made['spare'])} to spare" if made["fits"] else f"no, by {units.size(-made['spare'])}"
         times = ["–"] * 4
         if made["fits"]:
             times = [units.seconds(floor["floor"]), step["bound"], f"{floor['mfu']:.0%}"]
             times.append(units.rate(floor["tokens_per_second"]))
         cells = [made["size"], made["topology"], made["mesh"], str(made["options"]["batch"])]
-        cells.append(f"{units.size(made['peak'])} of {units.size(made['capacity'])} ({over:.2f}×)")
+        cells.append(f"{units.size(made['peak'])} of {units.size(made['capacity'])} ({excess.over(made):.2f}×)")
         cells += [spare, *times, units.seconds(made["compile_seconds"]), f"`{row.command}`"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -18,6 +18,7 @@ from .compiling import Compiled, from_json, to_json
 from .hardware import Topology
 from .request import Request, make_request
 from .roofline import Roofline, roofline
+from .working_set import working_set
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Plan:
         return self.spare >= 0 and not any(step.compiled.refused for step in self.steps.values())
 
     @property
+    def working_set(self) -> dict[str, int]:
+        """Bytes that a device has in use while it computes, beside the least and not all at once; see `working_set`."""
+        return working_set(self.request)
+
+    @property
     def main(self) -> Step:
         """The program that takes the time: the train step, or the decode step."""
         return list(self.steps.values())[-1]
@@ -111,6 +117,7 @@ class Plan:
             "fits": self.fits,
             "spare": self.spare,
             "gathered_whole": self.gathered_whole,
+            "working_set": self.working_set,
             "steps": {
                 name: {
                     "memory": step.memory(),

@@ -45,6 +45,9 @@ def render(plan: Plan, console: Any) -> None:
     console.print()
     console.print(_memory(plan))
     console.print()
+    in_use = ", ".join(f"{part} {units.size(bytes)}" for part, bytes in plan.working_set.items())
+    console.print(f"In use while it computes, beside the least and not all at once: {in_use}.")
+    console.print()
     console.print(_time(plan))
     for name, step in plan.steps.items():
         if step.compiled.traffic:

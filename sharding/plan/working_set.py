@@ -1,0 +1,58 @@
+"""What a step has in use beside what it keeps, part by part: why a peak stands above the least memory.
+
+The least counts what outlives a layer: weights, their state and gradients, kept activations, the cache. To compute
+anything, a device also has the layer at hand whole, in the width it multiplies with, and what that layer gives; while
+one layer computes, the next one's weights arrive. Not all of it is there at the same moment: a peak lies between the
+least and the least with all of these.
+"""
+
+from __future__ import annotations
+
+from optjax.declaration import declare
+from optjax.train.options import LOGITS_BYTES, QUERY_BLOCK
+
+from . import analytic
+from .request import Request
+
+# Values per token that one layer's forward and backward pass have at once, in multiples of the widths they have: of the
+# residual stream between the regions that are split by heads and by F, and as it enters and leaves one; of what the
+# heads split (queries, keys, values, their gradients); of the feed-forward network.
+_RESIDUAL, _AT_REGIONS, _HEADS, _MLP = 2, 2, 6, 3
+_FLOAT32 = analytic.WIDTHS["float32"]
+
+
+def working_set(request: Request) -> dict[str, int]:
+    """Bytes of one device, by what they are, of a train step that recomputes its layers, or of reading prompts."""
+    config, splits, o = request.config, request.splits, request.options
+    width = analytic.WIDTHS[o["dtype"]]
+    d, f, heads = config.hidden_size, config.ffn_dim, config.num_attention_heads
+    trains = request.job == "train"
+
+    all_rows = o["batch"] // o["micro_batches"] if trains else o["batch"]
+    rows = all_rows // splits.parts(all_rows, "batch")
+    length, keys = (o["length"],) * 2 if trains else (o["prompt"], o["cache_length"])
+    tokens = rows * length // splits.parts(length, "length")  # of attention and the feed-forward network
+    of_residual = rows * length // splits.parts(length, "residual_length")
+
+    found = {}
+    if trains:
+        gathered = {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
+        weights = declare(config)
+        layer = sum(analytic.share(weight, splits, gathered) for weight in weights if weight.per_layer)
+        table = sum(analytic.share(w, splits, gathered) for w in weights if w.path == "embed_tokens.weight")
+        found["two layers' weights"] = 2 * layer * width
+        found["a layer's gradient"] = layer * _FLOAT32
+        found["the table and its gradient"] = table * (width + _FLOAT32)
+    values = of_residual * _RESIDUAL * d + tokens * _AT_REGIONS * d
+    values += tokens * (_HEADS * d // splits.shards("heads") + _MLP * f // splits.shards("mlp"))
+    found["a layer's values"] = values * width
+    if o.get("attn_implementation") != "flash":
+        block = o["query_block"] if trains else 0
+        block = min(tokens // rows, QUERY_BLOCK if block is None else block or length)
+        scores = rows * heads * block * keys // splits.shards("heads")
+        found["scores of a block of queries"] = scores * (2 * _FLOAT32 + width)
+    logits = (tokens if trains else rows) * config.vocab_size // splits.shards("vocab") * _FLOAT32
+    if trains:
+        logits = min(logits, LOGITS_BYTES) if o["loss_chunks"] is None else logits // o["loss_chunks"]
+    found["logits at once"] = 2 * logits
+    return found
