@@ -18,7 +18,7 @@ demo: $(CORE)
 
 # `make test ARGS="tests/test_tokenizer.py -k padding"` runs a part. Two processes side by side: compiling takes one core.
 test: $(TEST)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(TEST)
 	$(BIN)/ruff check .

@@ -84,12 +84,12 @@ def test_decoding_runs(tmp_path):
 
 def test_pretrain_runs(tmp_path, monkeypatch):
     """A few steps; it is killed half way, and learns all the same."""
-    monkeypatch.setenv("OPTJAX_NOTEBOOK_STEPS", "24")
+    monkeypatch.setenv("OPTJAX_NOTEBOOK_STEPS", "12")
     pictures, said = execute(COLAB / "pretrain.ipynb", tmp_path)
     assert pictures == 1
-    killed = int(re.findall(r"killed after step (\d+) of 24", said)[0])
+    killed = int(re.findall(r"killed after step (\d+) of 12", said)[0])
     steps = [int(step) for step in re.findall(r"^step (\d+):", said, re.MULTILINE)]
-    assert 12 <= killed < 24 and steps[-1] == 24 and 3 < steps[0] <= killed + 1
+    assert 6 <= killed < 12 and steps[-1] == 12 and 2 < steps[0] <= killed + 1
     [(first, last)] = re.findall(r"^loss ([\d.]+) -> ([\d.]+)$", said, re.MULTILINE)
     assert float(last) < float(first) - 2
 
