@@ -1,6 +1,7 @@
-"""Runs of tests/loop_job.py that are killed again and again, beside one that is not.
+"""Runs that are killed again and again, beside one that is not.
 
-  python tests/kills.py --kills 25 [--processes 2] [--seed 0]
+  python tests/kills.py --kills 25 [--processes 2] [--seed 0]               # tests/loop_job.py: saves all the time
+  python tests/kills.py --kills 25 --pretrain --longest 30 --steps 200      # optjax.train.pretrain, a small OPT
 
 kills at random moments, by SIGKILL or SIGTERM in turn, one process of several at a time, and says how many of them fell
 into a save, into the start and so on, and whether the weights ended in the same bits.
@@ -23,13 +24,18 @@ import numpy as np
 from processes import environments
 
 PROGRAM = Path(__file__).with_name("loop_job.py")
+TOLD_TO_STOP = 75  # of optjax.train.pretrain
 
 
 def start(folder: Path, options: dict, more: dict, processes: int = 1, devices: int = 8) -> list[subprocess.Popen]:
-    """One command on every process, of `devices` in all."""
+    """tests/loop_job.py on every process, of `devices` in all."""
+    return launch([str(PROGRAM), str(folder), json.dumps(options), json.dumps(more)], folder, processes, devices)
+
+
+def launch(arguments: list[str], folder: Path, processes: int, devices: int = 8) -> list[subprocess.Popen]:
     started = []
     for i, environment in enumerate(environments(processes, devices)):
-        command = [sys.executable, str(PROGRAM), str(folder), json.dumps(options), json.dumps(more)]
+        command = [sys.executable, *arguments]
         out = open(folder.parent / f"{folder.name}-{i}.txt", "ab")
         started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
         out.close()
@@ -40,7 +46,7 @@ def finish(started: list[subprocess.Popen], patience: float = 180.0) -> list[int
     """Waits for all; when one was killed the others have lost it, and are killed as a launcher would."""
     deadline = time.monotonic() + patience
     while any(process.poll() is None for process in started):
-        lost = any(process.poll() not in (None, 0) for process in started)
+        lost = any(process.poll() not in (None, 0, TOLD_TO_STOP) for process in started)
         if lost or time.monotonic() > deadline:
             for process in started:
                 process.kill()
@@ -53,14 +59,34 @@ def output(folder: Path) -> str:
 
 
 def finished(folder: Path, options: dict, more: dict, processes: int = 1) -> dict[str, np.ndarray]:
-    """Runs to the end; the state's leaves."""
-    codes = finish(start(folder, options, more, processes))
-    assert set(codes) == {0} and (folder / "final.npz").is_file(), (codes, output(folder))
+    """Runs tests/loop_job.py to the end; the state's leaves."""
+    _finish_well(start(folder, options, more, processes), folder)
     return dict(np.load(folder / "final.npz"))
+
+
+def _finish_well(started: list[subprocess.Popen], folder: Path) -> None:
+    codes = finish(started, patience=1800.0)
+    assert set(codes) == {0}, (codes, output(folder))
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def pretraining(where: Path, steps: int) -> list[str]:
+    """The arguments of a run of pretrain but for its folder: a small OPT with dropout, over eight devices."""
+    from optjax.train.data import write_tokens
+
+    config = {"model_type": "opt", "vocab_size": 512, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.1}
+    where.mkdir(parents=True, exist_ok=True)
+    (where / "config.json").write_text(json.dumps(config))
+    if not (where / "text").exists():
+        tokens = np.random.default_rng(0).integers(4, 512, 200_000) // 3 * 3  # there is something to learn
+        write_tokens(where / "text", np.maximum(tokens, 4), vocab_size=512, bytes=len(tokens))
+    words = f"--config {where}/config.json --data {where}/text --mesh fsdp=4,tensor=2 --micro-batches 2 --batch-size 16"
+    words += f" --length 32 --lr 3e-3 --steps {steps} --save-every 10 --log-every 5 --eval-every {steps} --quiet"
+    return ["-m", "optjax.train.pretrain", *words.split(), "--no-tensorboard"]
 
 
 def main() -> None:
@@ -70,21 +96,41 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--longest", type=float, default=8.0, help="seconds until a kill, at most")
+    parser.add_argument("--pretrain", action="store_true", help="a run of optjax.train.pretrain")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     where = args.folder or Path(tempfile.mkdtemp())
-    options = {"total_steps": args.steps, "save_every": 10, "log_every": 5, "eval_every": 100}
-    # Spikes and steps that are not finite, so that rollbacks have to come out the same too.
-    plant = {str(n): 30.0 for start in range(200, 2 * args.steps, 1000) for n in range(start, start + 4)}
-    plant |= {str(n): float("inf") for n in range(90, 2 * args.steps, 300)}
-    more = {"plant": plant, "slow": 0.002}
+    if args.pretrain:
+        common = pretraining(where, args.steps)
+
+        def begin(folder: Path) -> list[subprocess.Popen]:
+            more = ["--run", str(folder), "--export", str(folder / "model")]
+            return launch([*common, *more], folder, args.processes)
+
+        def final(folder: Path) -> dict[str, np.ndarray]:
+            from safetensors.numpy import load_file
+
+            return load_file(folder / "model" / "model.safetensors")
+    else:
+        options = {"total_steps": args.steps, "save_every": 10, "log_every": 5, "eval_every": 100}
+        # Spikes and steps that are not finite, so that rollbacks have to come out the same too.
+        plant = {str(n): 30.0 for start in range(200, 2 * args.steps, 1000) for n in range(start, start + 4)}
+        plant |= {str(n): float("inf") for n in range(90, 2 * args.steps, 300)}
+        more = {"plant": plant, "slow": 0.002}
+
+        def begin(folder: Path) -> list[subprocess.Popen]:
+            return start(folder, options, more, args.processes)
+
+        def final(folder: Path) -> dict[str, np.ndarray]:
+            return dict(np.load(folder / "final.npz"))
+
     before = time.monotonic()
-    whole = finished(where / "whole", options, more, args.processes)
+    _finish_well(begin(where / "whole"), where / "whole")
     print(f"undisturbed: {time.monotonic() - before:.0f} s", flush=True)
     folder, moments, deaths = where / "killed", Counter(), 0
     while deaths < args.kills:
-        started = start(folder, options, more, args.processes)
+        started = begin(folder)
         time.sleep(rng.uniform(0.5, args.longest))
         target, number = rng.choice(started), (signal.SIGKILL, signal.SIGTERM)[deaths % 2]
         saving = any((folder / "checkpoints").glob("*tmp*"))
@@ -98,10 +144,11 @@ def main() -> None:
         moment = "while saving" if saving else "otherwise" if steps else "before the first checkpoint"
         moments[signal.Signals(number).name, moment] += 1
         print(f"{deaths}: {signal.Signals(number).name}, {moment}, after step {steps[-1:]}: {codes}", flush=True)
-    killed = finished(folder, options, more, args.processes)
+    _finish_well(begin(folder), folder)
     for (name, moment), count in sorted(moments.items()):
         print(f"{count:3d} {name} {moment}")
-    print(f"{deaths} kills; the final state is {'the same bits' if same(whole, killed) else 'NOT THE SAME'}")
+    alike = same(final(where / "whole"), final(folder))
+    print(f"{deaths} kills; the final state is {'the same bits' if alike else 'NOT THE SAME'}")
     for name in ("whole", "killed"):
         events = [json.loads(line) for line in (where / name / "log.jsonl").read_text().splitlines()]
         print(name, Counter(event["event"] for event in events if "event" in event), events[-1]["step"])

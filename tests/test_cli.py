@@ -107,8 +107,8 @@ def test_text_is_what_generate_gives(run, model, words, options):
         ),
         ("--greedy --assistant-model {model} --num-assistant-tokens 3", {"num_assistant_tokens": 3}),
         (
-            "--greedy --cache-dtype int8 --prefill-chunk-size 128",
-            {"cache_dtype": "int8", "prefill_chunk_size": 128},
+            "--greedy --cache-dtype int8 --prefill-chunk-size 128 --attn-implementation eager",
+            {"cache_dtype": "int8", "prefill_chunk_size": 128, "attn_implementation": "eager"},
         ),
         (
             "--greedy --prompt-lookup-num-tokens 4 --max-matching-ngram-size 1",

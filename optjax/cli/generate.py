@@ -58,6 +58,7 @@ _OTHERS = (
     "guidance_scale",
     "cache_dtype",
     "prefill_chunk_size",
+    "attn_implementation",
     *_GUESSING,
 )
 # Of contrastive search, as its authors have it.
@@ -161,6 +162,10 @@ def _add_memory(group: Any) -> None:
     add("--cache-dtype", choices=("float32", "bfloat16", "float16", "int8"), help=text)
     text = "read prompts N tokens at a time: less memory for long ones (default: at once)"
     add("--prefill-chunk-size", type=count, metavar="N", help=text)
+    text = (
+        "how prompts are read: kernels of TPU and GPU (flash) or none; auto: flash where it can be had (default: auto)"
+    )
+    add("--attn-implementation", choices=("auto", "eager", "flash"), help=text)
 
 
 def _add_output(group: Any) -> None:
