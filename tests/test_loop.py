@@ -307,9 +307,19 @@ def test_the_report_is_one_file_and_tells_what_happened(tmp_path, capsys):
     assert "src=" not in page and "<script" not in page and "<link" not in page
     report([str(tmp_path)])
     assert (tmp_path / "report.html").read_text() == page
-    with pytest.raises(SystemExit):
-        report([str(tmp_path / "nowhere")])
-    assert "no entries" in capsys.readouterr().err
+    for name in ("curves.png", "again.png", "curves.svg"):
+        report([str(tmp_path), "--picture", str(tmp_path / name)])
+    assert (tmp_path / "curves.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "curves.svg").read_text()
+    assert svg[svg.index("<svg") :] in page
+    for words, said in (
+        ([tmp_path / "nowhere"], "no entries"),
+        ([tmp_path, "--picture", "curves.gif"], "a picture is .png or .svg"),
+    ):
+        with pytest.raises(SystemExit):
+            report([str(word) for word in words])
+        assert said in capsys.readouterr().err
 
 
 def test_a_trace_of_the_steps_asked_for(tmp_path):

@@ -1,6 +1,7 @@
 """The curves of a run as one page, `report.html`, which needs nothing else.
 
   python -m optjax.train.report runs/first
+  python -m optjax.train.report runs/first --picture curves.png    # the curves alone, .png or .svg
 
 at any time; a run writes it when it ends. Needs matplotlib, the extra `plot`.
 """
@@ -46,11 +47,9 @@ def write_report(folder: str | Path) -> Path:
       ImportError: matplotlib is not installed.
     """
     folder = Path(folder)
-    entries = read_log(folder, everything=True)
-    if not entries:
-        raise FileNotFoundError(f"no entries in {folder / 'log.jsonl'}; expected the folder of a run")
+    entries, events = _entries(folder), read_events(folder)
     parts = [f"<h1>{html.escape(folder.resolve().name)}</h1>", _summary(folder, entries)]
-    parts += [_curves(entries, read_events(folder)), _events(read_events(folder)), _samples(entries), _settings(folder)]
+    parts += [_svg(_curves(entries, events)), _events(events), _samples(entries), _settings(folder)]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(folder.resolve().name)}</title>'
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
@@ -62,6 +61,22 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+def write_picture(folder: str | Path, path: str | Path) -> Path:
+    """The curves of a run's folder alone, as .png or .svg by the path's ending; returns the path.
+
+    Raises:
+      FileNotFoundError: the folder has no log, or one without entries.
+      ImportError: matplotlib is not installed.
+      ValueError: another ending.
+    """
+    folder, path = Path(folder), Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"a picture is .png or .svg, not {path.name}")
+    figure = _curves(_entries(folder), read_events(folder))
+    _save(figure, path, path.suffix[1:])
+    return path
+
+
 def try_report(folder: str | Path) -> str:
     """`write_report`, where a reason not to is no error: a line that says where it is, or why it is not."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -70,6 +85,13 @@ def try_report(folder: str | Path) -> str:
         return f"the run's curves: {write_report(folder)}"
     except (FileNotFoundError, OSError) as error:
         return f"no report.html: {error}"
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    entries = read_log(folder, everything=True)
+    if not entries:
+        raise FileNotFoundError(f"no entries in {folder / 'log.jsonl'}; expected the folder of a run")
+    return entries
 
 
 def _summary(folder: Path, entries: list[dict[str, Any]]) -> str:
@@ -88,9 +110,8 @@ def _summary(folder: Path, entries: list[dict[str, Any]]) -> str:
     return _table(rows)
 
 
-def _curves(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
-    """One SVG of all panels; what was rolled back is grey."""
-    import matplotlib
+def _curves(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> Any:
+    """A figure of all panels; what was rolled back is grey."""
     from matplotlib.figure import Figure
 
     panels = [panel for panel in PANELS if any(_finite(entry.get(panel[0])) for entry in entries)]
@@ -127,11 +148,22 @@ def _curves(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
         ax.set_visible(False)
     for ax in axes[max(0, len(panels) - 2) : len(panels)]:
         ax.set_xlabel("step")
+    return figure
+
+
+def _svg(figure: Any) -> str:
     text = io.StringIO()
-    # Without a date and with the same ids, the same log makes the same page.
-    with matplotlib.rc_context({"svg.hashsalt": "optjax", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    _save(figure, text, "svg")
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _save(figure: Any, to: Any, format: str) -> None:
+    import matplotlib
+
+    # Without a date and with the same ids, the same log makes the same picture.
+    metadata = {"Date": None, "Creator": None} if format == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "optjax", "svg.fonttype": "none"}):
+        figure.savefig(to, format=format, metadata=metadata, dpi=110)
 
 
 def _scale(ax: Any, values: list[float], from_zero: bool) -> None:
@@ -194,10 +226,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m optjax.train.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run; it may still be going on")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the curves alone, as .png or .svg")
     args = parser.parse_args(argv)
     try:
-        print(f"wrote {write_report(args.run)}")
-    except (FileNotFoundError, ImportError) as error:
+        print(f"wrote {write_report(args.run) if args.picture is None else write_picture(args.run, args.picture)}")
+    except (FileNotFoundError, ImportError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
