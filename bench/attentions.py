@@ -73,9 +73,22 @@ def optjax_blocks(t: int):
     return lambda q, k, v: attend_in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, **how)
 
 
+def optjax_flash(t: int):
+    """The kernel that prompts are read with, and that a train step takes on request."""
+    from optjax.kernels.flash import Flash
+
+    flash = Flash(placement=None)
+    return lambda q, k, v: flash(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+
 # In the order of the tables. Another one of optjax's is a function above and a line here and in NAMES.
 TORCH = {"torch-eager": torch_eager, "torch-sdpa": torch_sdpa, "torch-flash": torch_flash}
-JAX = {"jax-cudnn": jax_cudnn, "optjax-plain": optjax_plain, "optjax-blocks": optjax_blocks}
+JAX = {
+    "jax-cudnn": jax_cudnn,
+    "optjax-plain": optjax_plain,
+    "optjax-blocks": optjax_blocks,
+    "optjax-flash": optjax_flash,
+}
 NAMES = {
     "torch-eager": "transformers, eager",
     "torch-sdpa": "transformers, SDPA",
@@ -83,4 +96,5 @@ NAMES = {
     "jax-cudnn": "jax, cuDNN",
     "optjax-plain": "optjax, plain",
     "optjax-blocks": "optjax, blocks of queries",
+    "optjax-flash": "optjax, flash kernel",
 }

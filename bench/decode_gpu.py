@@ -42,6 +42,7 @@ NAMES = {
     "torch-sdpa": "transformers, SDPA",
     "torch-flash": "transformers, FlashAttention-2",
     "flax-gpu": "FlaxOPT in a jax.jit",
+    "optjax-gpu-eager": "optjax without its kernels",
     "optjax-gpu": "optjax",
 }
 OURS = "optjax-gpu"

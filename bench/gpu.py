@@ -57,7 +57,7 @@ def present(names: dict[str, str], sides: Sequence[str], device: str) -> list[st
         needs = ["jax"] if side.startswith(("optjax", "jax")) else ["torch", "transformers"]
         needs += ["flash_attn"] if side == "torch-flash" else []
         absent = [name for name in needs if importlib.util.find_spec(name) is None]
-        if device == "cpu" and side in ("torch-flash", "jax-cudnn"):
+        if device == "cpu" and side in ("torch-flash", "jax-cudnn", "optjax-flash"):
             say(f"left out: {names[side]}, which is for GPUs")
         elif absent:
             say(f"left out: {names[side]} ({', '.join(absent)} not installed)")

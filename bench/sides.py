@@ -220,6 +220,10 @@ class OptjaxGpu(OnGpu, Optjax):
     pass
 
 
+class OptjaxGpuEager(OptjaxGpu):
+    options = {"attn_implementation": "eager"}
+
+
 class FlaxGpu(OnGpu, FlaxJit):
     pass
 
@@ -255,6 +259,7 @@ GPU_SIDES: dict[str, type[Side]] = {
     "torch-sdpa": TorchSdpa,
     "torch-flash": TorchFlash,
     "flax-gpu": FlaxGpu,
+    "optjax-gpu-eager": OptjaxGpuEager,
     "optjax-gpu": OptjaxGpu,
 }
 SIDES: dict[str, type[Side]] = GPU_SIDES | {
