@@ -11,7 +11,7 @@ import pytest
 from optjax.cli.arguments import parse
 from optjax.sharding.plan import page as page_module
 from optjax.sharding.plan.compiling import Compiled
-from optjax.sharding.plan.excess import FAR, above, over
+from optjax.sharding.plan.excess import FAR, above, over, table
 from optjax.sharding.plan.page import ALSO, JOBS, RENTED, SIZES, Page, from_words, ladder, make, smallest
 from optjax.sharding.plan.planning import assemble
 from optjax.sharding.plan.request import Request
@@ -105,9 +105,16 @@ def test_the_working_set_by_hand():
 
 
 def test_what_stands_above_the_least_is_the_working_set(repository):
-    """Of all train steps that were compiled for the page, and of whatever needs far more than the least."""
+    """Of all train steps that were compiled for the page and need far more than the least."""
     page = Page(repository / "sharding" / "PLANS.json")
     for command, made in page.rows.items():
-        if made["job"] == "train" or over(made) > FAR:
+        if made["job"] == "train" and over(made) > FAR:
             in_use = sum(working_set(page_module.Row(command, made).request()).values())
             assert 0 < above(made) <= in_use, command
+
+
+def test_what_the_working_set_does_not_explain_is_marked(repository):
+    rows = Page(repository / "sharding" / "PLANS.json").rows.values()
+    made = max(rows, key=above)
+    for in_use, marked in ((above(made), False), (above(made) - 1, True)):
+        assert ("GiB * |" in table([(made, {"all": in_use})])[-1]) == marked

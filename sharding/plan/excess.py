@@ -11,11 +11,11 @@ WHY = f"""
 ## What stands above the least
 
 Of the rows whose peak is over {FAR} × the least: *above*, what the peak has more than the least; then what a device has
-in use while it computes, part by part, and not all of it at the same moment. *Above* is below their sum in every row.
-All of these parts are of one layer, or of one piece of a row, whatever the size of the slice: so they weigh
-most where a device keeps little, in small models and over many devices. Two layers' weights are there so that the next
-one's arrive while one computes. More micro-batches shrink values and scores, `--attn-implementation flash` leaves the
-scores out, and `tensor=` in the mesh divides all parts.
+in use while it computes, part by part, and not all of it at the same moment. A star marks what is more than all of them
+together, and not explained by them. All of these parts are of one layer, or of one piece of a row, whatever the size of
+the slice: so they weigh most where a device keeps little, in small models and over many devices. Two layers' weights
+are there so that the next one's arrive while one computes. More micro-batches shrink values and scores,
+`--attn-implementation flash` leaves the scores out, and `tensor=` in the mesh divides all parts.
 """
 
 
@@ -34,7 +34,8 @@ def table(rows: list[tuple[dict[str, Any], dict[str, int]]]) -> list[str]:
     parts = list(dict.fromkeys(part for _, in_use in rows for part in in_use))
     lines = [f"| size | job | slice | peak | above | {' | '.join(parts)} |", "|-" * (5 + len(parts)) + "|"]
     for made, in_use in rows:
-        cells = [made["size"], made["job"], made["topology"], f"{over(made):.2f}×", units.size(above(made))]
+        cells = [made["size"], made["job"], made["topology"], f"{over(made):.2f}×"]
+        cells.append(units.size(above(made)) + " *" * (above(made) > sum(in_use.values())))
         cells += [units.size(in_use[part]) if part in in_use else "" for part in parts]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
