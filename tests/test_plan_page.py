@@ -10,12 +10,14 @@ import pytest
 
 from optjax.cli.arguments import parse
 from optjax.sharding.plan import page as page_module
+from optjax.sharding.plan import working_set as working_set_module
 from optjax.sharding.plan.compiling import Compiled
 from optjax.sharding.plan.excess import FAR, above, over, table
 from optjax.sharding.plan.page import ALSO, JOBS, RENTED, SIZES, Page, from_words, ladder, make, smallest
 from optjax.sharding.plan.planning import assemble
 from optjax.sharding.plan.request import Request
 from optjax.sharding.plan.working_set import working_set
+from optjax.train.options import LOGITS_BYTES, QUERY_BLOCK
 
 
 @pytest.fixture
@@ -98,6 +100,7 @@ def test_the_working_set_by_hand():
         "scores of a block of queries": 10 * 20 * 512 * t,
         "logits at once": 2 * (128 << 20),
     }
+    assert (working_set_module.QUERY_BLOCK, working_set_module.LOGITS_BYTES) == (QUERY_BLOCK, LOGITS_BYTES)
     flash = from_words("opt-13b --topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch 8 --attn-implementation flash")
     assert "scores of a block of queries" not in working_set(flash)
     read = working_set(from_words("opt-125m --topology v5e:1x1 --job generate --batch 8"))

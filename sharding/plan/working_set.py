@@ -9,7 +9,6 @@ least and the least with all of these.
 from __future__ import annotations
 
 from optjax.declaration import declare
-from optjax.train.options import LOGITS_BYTES, QUERY_BLOCK
 
 from . import analytic
 from .request import Request
@@ -18,6 +17,8 @@ from .request import Request
 # residual stream between the regions that are split by heads and by F, and as it enters and leaves one; of what the
 # heads split (queries, keys, values, their gradients); of the feed-forward network.
 _RESIDUAL, _AT_REGIONS, _HEADS, _MLP = 2, 2, 6, 3
+# Of a train step: queries that are attended at once, and bytes of the logits that are; see train/options.py.
+QUERY_BLOCK, LOGITS_BYTES = 512, 128 << 20
 _FLOAT32 = analytic.WIDTHS["float32"]
 
 
