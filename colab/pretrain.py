@@ -52,7 +52,7 @@ if glob("/dev/accel*") or glob("/dev/vfio/*"):
     MESH = "fsdp=-1"
 else:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     MESH = "fsdp=4,tensor=2"
 STEPS = int(os.environ.get("OPTJAX_NOTEBOOK_STEPS", "400"))
 

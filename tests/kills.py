@@ -18,13 +18,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from processes import environments
 
+from optjax.train.interrupt import STOPPED
+
 PROGRAM = Path(__file__).with_name("loop_job.py")
-TOLD_TO_STOP = 75  # of optjax.train.pretrain
+LONG = 1800.0  # seconds that thousands of steps may take on a busy machine
 
 
 def start(folder: Path, options: dict, more: dict, processes: int = 1, devices: int = 8) -> list[subprocess.Popen]:
@@ -33,6 +37,7 @@ def start(folder: Path, options: dict, more: dict, processes: int = 1, devices: 
 
 
 def launch(arguments: list[str], folder: Path, processes: int, devices: int = 8) -> list[subprocess.Popen]:
+    """One command on every process, of `devices` in all; what it says is kept beside the folder."""
     started = []
     for i, environment in enumerate(environments(processes, devices)):
         command = [sys.executable, *arguments]
@@ -46,7 +51,7 @@ def finish(started: list[subprocess.Popen], patience: float = 180.0) -> list[int
     """Waits for all; when one was killed the others have lost it, and are killed as a launcher would."""
     deadline = time.monotonic() + patience
     while any(process.poll() is None for process in started):
-        lost = any(process.poll() not in (None, 0, TOLD_TO_STOP) for process in started)
+        lost = any(process.poll() not in (None, 0, STOPPED) for process in started)
         if lost or time.monotonic() > deadline:
             for process in started:
                 process.kill()
@@ -64,8 +69,8 @@ def finished(folder: Path, options: dict, more: dict, processes: int = 1) -> dic
     return dict(np.load(folder / "final.npz"))
 
 
-def _finish_well(started: list[subprocess.Popen], folder: Path) -> None:
-    codes = finish(started, patience=1800.0)
+def _finish_well(started: list[subprocess.Popen], folder: Path, patience: float = 180.0) -> None:
+    codes = finish(started, patience)
     assert set(codes) == {0}, (codes, output(folder))
 
 
@@ -73,20 +78,50 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def pretraining(where: Path, steps: int) -> list[str]:
-    """The arguments of a run of pretrain but for its folder: a small OPT with dropout, over eight devices."""
+@dataclass(frozen=True)
+class Program:
+    """What is killed.
+
+    Attributes:
+      arguments: of Python, given the folder of the run.
+      final: what a finished run has come to, by its folder.
+    """
+
+    arguments: Callable[[Path], list[str]]
+    final: Callable[[Path], dict[str, np.ndarray]]
+
+
+def loop_job(steps: int) -> Program:
+    """tests/loop_job.py, with spikes and steps that are not finite, so that rollbacks have to come out the same too."""
+    options = {"total_steps": steps, "save_every": 10, "log_every": 5, "eval_every": 100}
+    plant = {str(n): 30.0 for start in range(200, 2 * steps, 1000) for n in range(start, start + 4)}
+    plant |= {str(n): float("inf") for n in range(90, 2 * steps, 300)}
+    given = json.dumps(options), json.dumps({"plant": plant, "slow": 0.002})
+    return Program(
+        arguments=lambda folder: [str(PROGRAM), str(folder), *given],
+        final=lambda folder: dict(np.load(folder / "final.npz")),
+    )
+
+
+def pretrain(where: Path, steps: int) -> Program:
+    """optjax.train.pretrain: a small OPT with dropout, over eight devices."""
+    from safetensors.numpy import load_file
+
     from optjax.train.data import write_tokens
 
     config = {"model_type": "opt", "vocab_size": 512, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.1}
-    where.mkdir(parents=True, exist_ok=True)
     (where / "config.json").write_text(json.dumps(config))
     if not (where / "text").exists():
         tokens = np.random.default_rng(0).integers(4, 512, 200_000) // 3 * 3  # there is something to learn
         write_tokens(where / "text", np.maximum(tokens, 4), vocab_size=512, bytes=len(tokens))
     words = f"--config {where}/config.json --data {where}/text --mesh fsdp=4,tensor=2 --micro-batches 2 --batch-size 16"
     words += f" --length 32 --lr 3e-3 --steps {steps} --save-every 10 --log-every 5 --eval-every {steps} --quiet"
-    return ["-m", "optjax.train.pretrain", *words.split(), "--no-tensorboard"]
+    common = ["-m", "optjax.train.pretrain", *words.split(), "--no-tensorboard"]
+    return Program(
+        arguments=lambda folder: [*common, "--run", str(folder), "--export", str(folder / "model")],
+        final=lambda folder: load_file(folder / "model" / "model.safetensors"),
+    )
 
 
 def main() -> None:
@@ -101,32 +136,14 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     where = args.folder or Path(tempfile.mkdtemp())
-    if args.pretrain:
-        common = pretraining(where, args.steps)
+    where.mkdir(parents=True, exist_ok=True)
+    program = pretrain(where, args.steps) if args.pretrain else loop_job(args.steps)
 
-        def begin(folder: Path) -> list[subprocess.Popen]:
-            more = ["--run", str(folder), "--export", str(folder / "model")]
-            return launch([*common, *more], folder, args.processes)
-
-        def final(folder: Path) -> dict[str, np.ndarray]:
-            from safetensors.numpy import load_file
-
-            return load_file(folder / "model" / "model.safetensors")
-    else:
-        options = {"total_steps": args.steps, "save_every": 10, "log_every": 5, "eval_every": 100}
-        # Spikes and steps that are not finite, so that rollbacks have to come out the same too.
-        plant = {str(n): 30.0 for start in range(200, 2 * args.steps, 1000) for n in range(start, start + 4)}
-        plant |= {str(n): float("inf") for n in range(90, 2 * args.steps, 300)}
-        more = {"plant": plant, "slow": 0.002}
-
-        def begin(folder: Path) -> list[subprocess.Popen]:
-            return start(folder, options, more, args.processes)
-
-        def final(folder: Path) -> dict[str, np.ndarray]:
-            return dict(np.load(folder / "final.npz"))
+    def begin(folder: Path) -> list[subprocess.Popen]:
+        return launch(program.arguments(folder), folder, args.processes)
 
     before = time.monotonic()
-    _finish_well(begin(where / "whole"), where / "whole")
+    _finish_well(begin(where / "whole"), where / "whole", LONG)
     print(f"undisturbed: {time.monotonic() - before:.0f} s", flush=True)
     folder, moments, deaths = where / "killed", Counter(), 0
     while deaths < args.kills:
@@ -144,10 +161,10 @@ def main() -> None:
         moment = "while saving" if saving else "otherwise" if steps else "before the first checkpoint"
         moments[signal.Signals(number).name, moment] += 1
         print(f"{deaths}: {signal.Signals(number).name}, {moment}, after step {steps[-1:]}: {codes}", flush=True)
-    _finish_well(begin(folder), folder)
+    _finish_well(begin(folder), folder, LONG)
     for (name, moment), count in sorted(moments.items()):
         print(f"{count:3d} {name} {moment}")
-    alike = same(final(where / "whole"), final(folder))
+    alike = same(program.final(where / "whole"), program.final(folder))
     print(f"{deaths} kills; the final state is {'the same bits' if alike else 'NOT THE SAME'}")
     for name in ("whole", "killed"):
         events = [json.loads(line) for line in (where / name / "log.jsonl").read_text().splitlines()]

@@ -85,6 +85,7 @@ def test_a_training_plan(optjax_plan, compiler):
     assert re.search(r"fits: [\d.]+ GiB of 95\.7 GiB", answer.out)
     for row in ("weights", "optimizer state", "gradients", "temporaries", "peak", "floor", "bound by", "tokens/s"):
         assert re.search(rf"^{row}\b", answer.out, re.MULTILINE), row
+    assert re.search(r"^In use while it computes, .*two layers' weights 1\.7 GiB", answer.out, re.MULTILINE)
     assert re.search(r"all-gather +fsdp +192 +96 +0\.2 GiB +10\.0 GiB +250 ms", answer.out)
     [asked] = compiler.asked
     assert asked["mesh"] == {"data": 1, "fsdp": 32, "sequence": 1, "tensor": 4}
@@ -133,7 +134,7 @@ def test_json_comes_back(optjax_plan, compiler):
     data = json.loads(answer.out)
     assert data["fits"] is True and data["options"]["moments_dtype"] == "bfloat16"
     step = data["steps"]["train step"]
-    assert sum(step["memory"].values()) == step["compiled"]["peak"]
+    assert sum(step["memory"].values()) == step["compiled"]["peak"] and data["working_set"]["a layer's gradient"] > 0
     assert json.loads(planning.from_dict(data).to_json()) == data
 
 

@@ -105,6 +105,8 @@ def test_the_working_set_by_hand():
     assert "scores of a block of queries" not in working_set(flash)
     read = working_set(from_words("opt-125m --topology v5e:1x1 --job generate --batch 8"))
     assert read["scores of a block of queries"] == 10 * 8 * 12 * 512 * 2048 and read["logits at once"] == 8 * 8 * v
+    gathered = working_set(from_words("opt-13b --topology v5e:4x4 --job generate --mesh fsdp=8,tensor=2 --batch 8"))
+    assert "two layers' weights" not in read and gathered["two layers' weights"] == found["two layers' weights"]
 
 
 def test_what_stands_above_the_least_is_the_working_set(repository):

@@ -224,9 +224,8 @@ def stored_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
 def used_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
     """Of the weights as a device multiplies with them: gathered over the devices that have other tokens. A table is
     looked up, not read, but for the one that is the head as well."""
-    tokens = {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
     read = (w for w in declare(config) if w.path != "embed_positions.weight")
-    return sum(share(w, splits, tokens) * _copies(config, w) for w in read) * width
+    return sum(share(w, splits, token_axes(splits)) * _copies(config, w) for w in read) * width
 
 
 def cache_width(config: OPTConfig, dtype: str) -> float:
@@ -238,6 +237,11 @@ def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, widt
     """Of keys and values on one device."""
     parts = splits.parts(batch, "batch") * splits.shards("heads") * splits.parts(length, "cache_length")
     return int(2 * config.num_hidden_layers * batch * length * config.hidden_size * width) // parts
+
+
+def token_axes(splits: Splits) -> set[str]:
+    """The mesh's axes whose devices have other tokens: weights are gathered over them where they are used."""
+    return {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
 
 
 def share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:

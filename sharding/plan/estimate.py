@@ -50,7 +50,7 @@ def _traffic(request: Request) -> float:
     """Seconds that gathers of weights and exchanges of activations take, the slower of the two: they share no links."""
     config, splits, o = request.config, request.splits, request.options
     width = analytic.WIDTHS[o["dtype"]]
-    of_tokens = {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
+    of_tokens = analytic.token_axes(splits)
     of_weights = {name for axis in ("model", "embed") for name in splits.mesh_axes(axis)}
     of_layers = {name for axis in ("heads", "mlp") for name in splits.mesh_axes(axis)}
     used = analytic.used_bytes(config, splits, width)

@@ -35,13 +35,14 @@ def working_set(request: Request) -> dict[str, int]:
     tokens = rows * length // splits.parts(length, "length")  # of attention and the feed-forward network
     of_residual = rows * length // splits.parts(length, "residual_length")
 
-    found = {}
-    if trains:
-        gathered = {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
-        weights = declare(config)
-        layer = sum(analytic.share(weight, splits, gathered) for weight in weights if weight.per_layer)
-        table = sum(analytic.share(w, splits, gathered) for w in weights if w.path == "embed_tokens.weight")
+    found, gathered = {}, analytic.token_axes(splits)
+    weights = declare(config)
+    of_layer = [weight for weight in weights if weight.per_layer]
+    layer, kept = (sum(analytic.share(w, splits, axes) for w in of_layer) for axes in (gathered, ()))
+    if trains or layer > kept:  # to generate, weights are used as they are kept, unless they are gathered
         found["two layers' weights"] = 2 * layer * width
+    if trains:
+        table = sum(analytic.share(w, splits, gathered) for w in weights if w.path == "embed_tokens.weight")
         found["a layer's gradient"] = layer * _FLOAT32
         found["the table and its gradient"] = table * (width + _FLOAT32)
     values = of_residual * _RESIDUAL * d + tokens * _AT_REGIONS * d

@@ -5,7 +5,7 @@
 The model stays what it is. Its input, the sum of both tables' rows, does not change; and as the table is the head too,
 all logits of a token move by the same amount, which a softmax does not see. But training pushes the rows of tokens that
 never come far away in one direction, all logits with them, and int8 codes have a step in proportion to a row's largest
-number: about the mean, codes are a third nearer to what they stand for.
+number: about the mean, which lies in that direction, codes are nearer to what they stand for.
 """
 
 from __future__ import annotations
