@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -100,7 +101,9 @@ def lm_logits(params: Params, x: jax.Array) -> jax.Array:
     length = ("length",) * (x.ndim - 2)
     with jax.named_scope("lm_head"):
         if placement is not None:
-            weight = gather(placement, weight.astype(x.dtype), logical_axes(params.config, params.head)[name]["weight"])
+            axes = logical_axes(params.config, params.head)[name]["weight"]
+            stay = placement.tokens_travel(math.prod(x.shape[:-1]), x.shape[-1])
+            weight = gather(placement, weight.astype(x.dtype), axes, stay)
         x = constrain(placement, x, "batch", *length, None)
         logits = linear(x, {"weight": weight}, jnp.float32, placement=placement)
         return constrain(placement, logits, "batch", *length, "vocab")

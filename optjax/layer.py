@@ -17,7 +17,7 @@ from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
 from optjax.kernels.flash import Flash
 from optjax.lora.weight import AdaptedWeight, with_dropout
-from optjax.placed import cast, constrain, constrain_both, gather, platform
+from optjax.placed import Resident, cast, constrain, constrain_both, gather, platform, tokens_travel
 from optjax.quantization.product import FEW_ROWS, product
 from optjax.quantization.weight import QuantizedWeight
 
@@ -58,7 +58,9 @@ def decoder_layer(
     pre_norm = config.do_layer_norm_before
     # The fifth of `split`, which stays as it is where no adapter needs it.
     weights = with_dropout(weights, None if key is None else jax.random.fold_in(key, 4))
-    weights = _as_used(config, placement, weights, x.dtype)
+    # With a cache there is no backward pass, and often few tokens.
+    stay = past is not None and tokens_travel(placement, x.shape[0] * x.shape[1], x.shape[2])
+    weights = _as_used(config, placement, weights, x.dtype, stay)
 
     def residual(x, block, norm, dropout_key):
         y = layer_norm(x, weights.get(norm)) if pre_norm else x
@@ -95,8 +97,11 @@ def decoder_layer(
     return y, attention, buffers
 
 
-def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """A layer's weights, the matrices in ``dtype``, gathered; in this order, so that fewer bytes travel."""
+def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: Any, stay: bool) -> dict[str, Any]:
+    """A layer's weights, the matrices in ``dtype``, gathered; in this order, so that fewer bytes travel.
+
+    With ``stay`` no matrix is.
+    """
     if placement is None:
         return weights
 
@@ -106,7 +111,7 @@ def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: 
         return weight if isinstance(weight, QuantizedWeight) or weight.ndim < 2 else _name(cast(weight, dtype))
 
     weights = jax.tree.map(used, weights, is_leaf=lambda w: isinstance(w, QuantizedWeight | AdaptedWeight))
-    return jax.tree.map(_name, gather(placement, weights, logical_axes(config)["layers"]))
+    return jax.tree.map(_name, gather(placement, weights, logical_axes(config)["layers"], stay))
 
 
 def _name(weight: jax.Array) -> jax.Array:
@@ -160,7 +165,12 @@ def _self_attention(
 def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placement: Any) -> jax.Array:
     """``x Wᵀ + b``, with W ``[out, in]``, quantized or not, in ``dtype``: that of x by default."""
     dtype, on = x.dtype if dtype is None else dtype, platform(placement)
-    weight, bias = weights["weight"].astype(x.dtype), weights.get("bias")
+    weight, bias = weights["weight"], weights.get("bias")
+    if isinstance(weight, Resident):
+        inner = {"weight": weight.weight, "bias": bias}
+        y = linear(placement.to_matrix(x, weight.axes), inner, dtype, placement=placement)
+        return placement.from_matrix(y, weight.axes)
+    weight = weight.astype(x.dtype)
     if isinstance(weight, AdaptedWeight):
         return _adapted(x, weight, bias, dtype, placement)
     if isinstance(weight, QuantizedWeight):

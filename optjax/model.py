@@ -22,7 +22,7 @@ from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.lora.weight import with_dropout
 from optjax.offloading import bring
 from optjax.params import Params, as_key
-from optjax.placed import constrain, gather
+from optjax.placed import constrain, gather, tokens_travel
 from optjax.quantization.weight import QuantizedWeight
 from optjax.validate import as_array, as_head_mask, as_ids, as_mask, check_params, check_positions
 
@@ -252,7 +252,7 @@ def decoder(
         hidden, attentions, buffers = zip(*kept, strict=True)
 
     with jax.named_scope("final"):
-        x = finish(params, x)
+        x = finish(params, x, _weights_stay(params, inputs))
     if cache is not None:
         keys, values = zip(*buffers, strict=True)
         lengths = cache.lengths + new_mask.sum(1, dtype=jnp.int32)
@@ -281,51 +281,64 @@ def embed(params: Params, inputs: Inputs, dtype: Any = None) -> jax.Array:
     """Word embedding (projected in) plus position embedding: ``[B, T, D]``, in the params' dtype by default."""
     dtype = params.dtype if dtype is None else dtype
     axes = ("batch", "residual_length", None)
+    stay = _weights_stay(params, inputs)
     if inputs.embeds is None:
-        x = _rows(params, "embed_tokens", dtype, inputs.ids)
+        x = _rows(params, "embed_tokens", dtype, inputs.ids, stay)
     else:
         x = jnp.asarray(inputs.embeds).astype(dtype)
     x = constrain(params.placement, x, *axes)
     b, t = x.shape[:2]
     if params.config.has_projections:
-        x = linear(x, {"weight": _weight(params, "project_in", dtype)}, placement=params.placement)
+        x = linear(x, {"weight": _weight(params, "project_in", dtype, stay)}, placement=params.placement)
     if inputs.position_ids is not None:
         positions = inputs.position_ids
     else:
         start = jnp.zeros((b,), jnp.int32) if inputs.cache is None else inputs.cache.lengths
         positions = mask_positions(inputs.mask, start, t)
-    x = x + _rows(params, "embed_positions", dtype, positions + POSITION_OFFSET).astype(x.dtype)
+    x = x + _rows(params, "embed_positions", dtype, positions + POSITION_OFFSET, stay).astype(x.dtype)
     return constrain(params.placement, x, *axes)
 
 
-def finish(params: Params, x: jax.Array) -> jax.Array:
+def finish(params: Params, x: jax.Array, stay: bool = False) -> jax.Array:
     """The last hidden state ``[B, T, E]``, from what the last layer gives."""
     if params.config.has_final_layer_norm:
         norm = params.weights.get("final_layer_norm")
         axes = logical_axes(params.config, params.head).get("final_layer_norm")
         x = layer_norm(x, gather(params.placement, norm, axes))
     if params.config.has_projections:
-        x = linear(x, {"weight": _weight(params, "project_out", x.dtype)}, placement=params.placement)
+        x = linear(x, {"weight": _weight(params, "project_out", x.dtype, stay)}, placement=params.placement)
     return x
 
 
-def _rows(params: Params, name: str, dtype: Any, index: jax.Array) -> jax.Array:
+def _weights_stay(params: Params, inputs: Inputs) -> bool:
+    """Whether the matrices stay where they are, and the tokens come to them: with a cache, so there is no backward
+    pass, and for few tokens."""
+    b, t, *_ = (inputs.ids if inputs.embeds is None else inputs.embeds).shape
+    return inputs.cache is not None and tokens_travel(params.placement, b * t, params.config.hidden_size)
+
+
+def _rows(params: Params, name: str, dtype: Any, index: jax.Array, stay: bool) -> jax.Array:
     """Rows of a table outside the layers."""
     table, placement = params[name]["weight"], params.placement
     axes = logical_axes(params.config, params.head)[name]["weight"]
     if isinstance(table, QuantizedWeight):
-        return constrain(placement, gather(placement, table, axes).rows(index, dtype), "batch", "length", None)
+        if stay:
+            rows = placement.from_table(table.rows(placement.to_table(index, axes), dtype), axes)
+        else:
+            rows = gather(placement, table, axes).rows(index, dtype)
+        return constrain(placement, rows, "batch", "length", None)
     if placement is None:
         return table[index]
-    return placement.take(table, axes, index, dtype)
+    return placement.take(table, axes, index, dtype, stay)
 
 
-def _weight(params: Params, name: str, dtype: Any) -> jax.Array:
+def _weight(params: Params, name: str, dtype: Any, stay: bool = False) -> Any:
     """A matrix outside the layers, as it is used."""
     weight = params[name]["weight"]
     if params.placement is None:
         return weight
-    return gather(params.placement, weight.astype(dtype), logical_axes(params.config, params.head)[name]["weight"])
+    axes = logical_axes(params.config, params.head)[name]["weight"]
+    return gather(params.placement, weight.astype(dtype), axes, stay)
 
 
 def mask_positions(mask: Any | None, start: jax.Array, t: int) -> jax.Array:

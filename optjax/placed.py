@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -48,18 +49,47 @@ def on_each(placement: Placement | None, function: Any, arrays: Any, axes: Any, 
     return function(*arrays) if placement is None else placement.on_each(function, arrays, axes, out_axes)
 
 
-def gather(placement: Placement | None, weights: Any, axes: Any) -> Any:
-    """Weights as they are used, from a nested dict of them and the same of their logical axes."""
+@partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["axes"])
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """A matrix ``[out, in]`` that is not gathered: it stays in its parts, and the tokens come to these.
+
+    Pope et al. 2022 (Efficiently Scaling Transformer Inference), section 3.2, call it weight-stationary.
+    """
+
+    weight: Any
+    axes: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def astype(self, dtype: Any) -> Resident:
+        return dataclasses.replace(self, weight=self.weight.astype(dtype))
+
+
+def tokens_travel(placement: Placement | None, tokens: int, width: int) -> bool:
+    """Whether it is the tokens that should travel, not the weights of a layer of that width."""
+    return placement is not None and placement.tokens_travel(tokens, width)
+
+
+def gather(placement: Placement | None, weights: Any, axes: Any, stay: bool = False) -> Any:
+    """Weights as they are used, from a nested dict of them and the same of their logical axes.
+
+    With ``stay`` a matrix that is split by what splits the tokens is not gathered, but a `Resident`.
+    """
     if placement is None or weights is None:
         return weights
     if isinstance(weights, dict):
-        return {name: gather(placement, weight, axes[name]) for name, weight in weights.items()}
+        return {name: gather(placement, weight, axes[name], stay) for name, weight in weights.items()}
+    if stay and not isinstance(weights, AdaptedWeight) and len(axes) == 2 and placement.stays(axes):
+        return Resident(weights, axes)
     if isinstance(weights, QuantizedWeight):
         return weights.map_with_axes(placement.gather, axes)
     if isinstance(weights, AdaptedWeight):
         of_a, of_b = low_rank_axes(axes)
         a, b = placement.gather_as_fits(weights.lora_A, of_a), placement.gather_as_fits(weights.lora_B, of_b)
-        return dataclasses.replace(weights, base=gather(placement, weights.base, axes), lora_A=a, lora_B=b)
+        return dataclasses.replace(weights, base=gather(placement, weights.base, axes, stay), lora_A=a, lora_B=b)
     return placement.gather(weights, axes)
 
 

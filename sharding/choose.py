@@ -17,7 +17,8 @@ def choose_mesh(
     Training spreads over ``fsdp``, with as little ``tensor`` as leaves each device a row and room for the activations
     of one: every split of a layer costs traffic at every layer, and gathers of whole weights cost the same on any mesh.
     Generation spreads weights over ``tensor`` until they take half of the memory, and rows over ``data``: there each
-    group of devices reads all weights again for its own rows.
+    group of devices reads all weights again for its own rows. Where ``tensor`` cannot be wide enough for that, groups
+    share the weights over ``fsdp``, until they take two thirds.
 
     Args:
       devices: how many there are.
@@ -41,9 +42,12 @@ def choose_mesh(
         and config.vocab_size % n == 0
     ]
     if job == "generate":
-        needed = 2 * 2 * count_params(config)  # bfloat16, and as much again for the cache
-        tensor = next((n for n in splits if needed <= n * memory), splits[-1])
-        return parse_mesh({"data": devices // tensor, "tensor": tensor})
+        weights = 2 * count_params(config)  # bfloat16
+        tensor = next((n for n in splits if 2 * weights <= n * memory), splits[-1])
+        copies = devices // tensor
+        shares = [n for n in range(1, copies + 1) if copies % n == 0 and config.hidden_size % n == 0]
+        fsdp = next((n for n in shares if 1.5 * weights <= n * tensor * memory), shares[-1])
+        return parse_mesh({"data": copies // fsdp, "fsdp": fsdp, "tensor": tensor})
     # What a row of full length keeps for the backward pass: the input of each layer, in bfloat16.
     kept = 2 * config.num_hidden_layers * config.max_position_embeddings * config.hidden_size
     state = 16 * count_params(config) / devices

@@ -45,6 +45,11 @@ class Placement:
         split = {axis: tuple(name for name in names if sizes.get(name, 1) > 1) for axis, names in self.rules}
         return {None: (), **split}
 
+    @cached_property
+    def _of_tokens(self) -> frozenset[str]:
+        """The mesh axes that split the tokens, whose devices all need a weight."""
+        return frozenset({*self.mesh_axes("batch"), *self.mesh_axes("length")})
+
     def mesh_axes(self, axis: Axis) -> tuple[str, ...]:
         """The mesh axes that split a logical axis, or several of one dimension: those of the first outermost."""
         if isinstance(axis, tuple):
@@ -107,11 +112,60 @@ class Placement:
             return jax.lax.with_sharding_constraint(weight, gathered)  # codes of a quantized weight have no cotangent
         return _gather(weight, stored, gathered)
 
+    def tokens_travel(self, tokens: int, width: int) -> bool:
+        """Whether it is so many tokens that should travel, not the matrices of a layer of that width, D.
+
+        Of n devices that share the matrices of a part of the heads, 1/t, each would gather 12 D²/t numbers, or else
+        send and get 12 D/t + 4 D/n for each token. What is gathered is also written to memory and read again, and the
+        TPU compiler copies what it is gathered from; that tips the scales by half.
+        """
+        n = math.prod(self.mesh.shape[name] for name in self.mesh_axes("model") if name in self._of_tokens)
+        return n > 1 and tokens * (12 / self.shards("heads") + 4 / n) <= 1.5 * 12 * width / self.shards("heads")
+
+    def stays(self, matrix_axes: Axes) -> bool:
+        """Whether a matrix with these axes would be gathered, and can be used where it is."""
+        return self.sharding(matrix_axes) != self.gathered(matrix_axes)
+
+    def to_matrix(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Tokens ``[B, …, in]`` as the devices that share a matrix ``[out, in]`` with these axes multiply them.
+
+        What splits the matrix does not split the tokens any longer; of each a device has the columns of its own part.
+        """
+        # In two steps: two mesh axes that change places at once are more than the partitioner knows how to do.
+        x = self._of_matrix(x, self.gathered(axes).spec[1:])
+        return self._with_matrix(x, axes, self.sharding(axes).spec[1:])
+
+    def from_matrix(self, y: jax.Array, axes: Axes) -> jax.Array:
+        """The product ``[B, …, out]`` as it comes out of the parts of a matrix with these axes."""
+        y = self._with_matrix(y, axes, self.sharding(axes).spec[:1])
+        if self.parts(y.shape[0], "batch") < self.shards("batch"):
+            y = self._of_matrix(y, self.gathered(axes).spec[:1])
+        return y
+
+    def to_table(self, index: jax.Array, axes: Axes) -> jax.Array:
+        """Tokens ``[B, T]`` as the devices that share a table ``[V, E]`` with these axes look them up."""
+        return self._with_matrix(index, axes, ())
+
+    def from_table(self, rows: jax.Array, axes: Axes) -> jax.Array:
+        """Rows ``[B, T, E]`` as they come out of the parts of a table with these axes."""
+        return self._with_matrix(rows, axes, self.sharding(axes).spec[1:])
+
+    def _with_matrix(self, x: jax.Array, axes: Axes, last: Any) -> jax.Array:
+        return self._tokens(x, last, {name for entry in self.sharding(axes).spec for name in _names(entry)})
+
+    def _of_matrix(self, x: jax.Array, last: Any) -> jax.Array:
+        return self._tokens(x, last, frozenset())
+
+    def _tokens(self, x: jax.Array, last: Any, but: Any) -> jax.Array:
+        sizes = zip(x.shape[: x.ndim - len(last)], ("batch", "length"), strict=False)
+        split = [tuple(name for name in self.dividing(size, axis) if name not in but) for size, axis in sizes]
+        return jax.lax.with_sharding_constraint(x, self._named([*split, *last]))
+
     def gather_as_fits(self, matrix: jax.Array, axes: Axes) -> jax.Array:
         """`gather` of a matrix that is split as `fitting` has it: one of an adapter."""
-        stored, of_tokens = self.fitting(matrix.shape, axes), {*self.mesh_axes("batch"), *self.mesh_axes("length")}
+        stored = self.fitting(matrix.shape, axes)
         split = [self.dividing(size, axis) for size, axis in zip(matrix.shape, axes, strict=True)]
-        gathered = self._named(tuple(name for name in names if name not in of_tokens) for names in split)
+        gathered = self._named(tuple(name for name in names if name not in self._of_tokens) for names in split)
         return matrix if stored == gathered else _gather(matrix, stored, gathered)
 
     def total(self, sums: jax.Array, axes: Axes) -> jax.Array:
@@ -120,17 +174,19 @@ class Placement:
         sums = jax.lax.with_sharding_constraint(sums, self._named([*parts, *self.gathered(axes).spec]))
         return jax.lax.with_sharding_constraint(sums.sum((0, 1)), self.sharding(axes))
 
-    def take(self, table: jax.Array, axes: Axes, index: jax.Array, dtype: Any) -> jax.Array:
-        """Rows of a table in ``dtype``, ``[B, T, …]``, by an index ``[B, T]``; see `lookup`."""
+    def take(self, table: jax.Array, axes: Axes, index: jax.Array, dtype: Any, stay: bool = False) -> jax.Array:
+        """Rows of a table in ``dtype``, ``[B, T, …]``, by an index ``[B, T]``; see `lookup`.
+
+        ``stay`` says that no weight of the layers is gathered.
+        """
         # Where the TPU compiler exchanges rows, it starts the gathers of a layer's weights too late to overlap.
-        rows = lookup_gathered if self.platform == "tpu" else lookup
+        rows = lookup_gathered if self.platform == "tpu" and not stay else lookup
         return rows(table, index, jnp.dtype(dtype), self, axes)
 
     def gathered(self, axes: Axes) -> NamedSharding:
         """The sharding of a weight as it is used: whole along the mesh axes that split the tokens."""
-        of_tokens = {*self.mesh_axes("batch"), *self.mesh_axes("length")}
         axes = self._as_gathered_best(axes)
-        return self._named(tuple(name for name in self.mesh_axes(axis) if name not in of_tokens) for axis in axes)
+        return self._named(tuple(name for name in self.mesh_axes(axis) if name not in self._of_tokens) for axis in axes)
 
     def _as_gathered_best(self, axes: Axes) -> Axes:
         """On TPU, what splits rows a second time splits the columns instead: its compiler gathers columns as they
@@ -155,6 +211,11 @@ class Placement:
     def __repr__(self) -> str:
         rules = ", ".join(f"{axis}: {'·'.join(names)}" for axis, names in self._by_name.items() if names)
         return f"Placement({format_mesh(self.mesh)}; {rules})"
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -168,6 +168,11 @@ def test_over_devices():
         for params, each in zip((many, one), reversed(adapters), strict=True)
     )
     assert_close(found, wanted)
+    made, alone = (
+        optjax.generate(optjax.with_adapters(params, each), ids, max_new_tokens=4, eos_token_id=[])
+        for params, each in zip((many, one), reversed(adapters), strict=True)
+    )
+    np.testing.assert_array_equal(made, alone)
 
 
 def test_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from functools import partial
@@ -175,6 +176,23 @@ def test_fusions_that_start_and_finish_a_collective_repeat_it():
     [found] = collectives(text, {"fsdp": 8, "tensor": 4})
     assert (found.kind, found.axes, found.bytes, found.count) == ("all-gather", ("fsdp",), 2 * 1024 * 64, 1)
     assert found.overlapped
+
+
+def test_a_line_may_be_broken_within_an_attribute():
+    """As the metadata of a Pallas kernel is; what follows it still counts."""
+    text = HEAD + entry("""
+        %p = bf16[128,64]{1,0} parameter(0)
+        %kernel = bf16[128,64] custom-call(%p), frontend_attributes={kernel_metadata={
+    BREAK"block_q": 512
+    BREAK}}, metadata={op_name="attend"}
+        ROOT %all-gather.1 = bf16[1024,64]{1,0} all-gather(%kernel), replica_groups=[4,8]<=[8,4]T(1,0), dimensions={0}
+    """)
+    text = re.sub(r"\n *BREAK", "\n", text)
+    assert "\n}}, metadata" in text
+    [found] = collectives(text, {"fsdp": 8, "tensor": 4})
+    assert (found.kind, found.bytes) == ("all-gather", 2 * 1024 * 64)
+    module = parse(text)
+    assert 'op_name="attend"' in module.computations[module.entry].instructions["kernel"].attributes
 
 
 def test_two_halves_are_one_collective():

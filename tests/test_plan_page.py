@@ -105,8 +105,13 @@ def test_the_working_set_by_hand():
     assert "scores of a block of queries" not in working_set(flash)
     read = working_set(from_words("opt-125m --topology v5e:1x1 --job generate --batch 8"))
     assert read["scores of a block of queries"] == 10 * 8 * 12 * 512 * 2048 and read["logits at once"] == 8 * 8 * v
-    gathered = working_set(from_words("opt-13b --topology v5e:4x4 --job generate --mesh fsdp=8,tensor=2 --batch 8"))
-    assert "two layers' weights" not in read and gathered["two layers' weights"] == found["two layers' weights"]
+    # To generate, weights are gathered for a long prompt of many rows, not for a short one.
+    many, few = (
+        working_set(from_words(f"opt-13b --topology v5e:4x4 --job generate --mesh fsdp=8,tensor=2 --batch 32 {prompt}"))
+        for prompt in ("--prompt 512", "--prompt 64")
+    )
+    assert "two layers' weights" not in few and many["two layers' weights"] == found["two layers' weights"]
+    assert "two layers' weights" not in read
 
 
 def test_what_stands_above_the_least_is_the_working_set(repository):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import optjax
-from optjax.generation.decode import _decode_step
+from optjax.generation.decode import _decode_step, _prefill
 from optjax.generation.loop import run_generate
 from optjax.generation.settings import as_settings
 from optjax.sharding import RULES, make_mesh
@@ -24,21 +24,33 @@ from optjax.train.state import abstract_state, train_step
 B, S, D = 8, 64, 64
 
 
-def config(layers: int) -> optjax.OPTConfig:
-    return optjax.OPTConfig(vocab_size=256, hidden_size=D, num_hidden_layers=layers, num_attention_heads=4, ffn_dim=128)
+def config(layers: int, embed: int = D) -> optjax.OPTConfig:
+    sizes = dict(vocab_size=256, hidden_size=D, num_attention_heads=4, ffn_dim=128, word_embed_proj_dim=embed)
+    return optjax.OPTConfig(num_hidden_layers=layers, **sizes)
 
 
-def abstract(layers: int, rules: str, mesh: str):
-    return optjax.abstract_params(config(layers), mesh=make_mesh(mesh, jax.devices()[:8]), rules=rules)
+def abstract(layers: int, rules: str, mesh: str, embed: int = D):
+    return optjax.abstract_params(config(layers, embed), mesh=make_mesh(mesh, jax.devices()[:8]), rules=rules)
 
 
-def step(layers: int, rules: str = "tensor", mesh: str = "data=2,tensor=4") -> list:
+def step(layers: int, rules: str = "tensor", mesh: str = "data=2,tensor=4", rows: int = B, embed: int = D) -> list:
     """The collectives of one decode step."""
-    params = abstract(layers, rules, mesh)
+    params = abstract(layers, rules, mesh, embed)
     placement = params.placement
-    ids = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=placement.sharding(("batch",)))
-    cache = abstract_cache(params.config, placement, B, S, "float32")
+    ids = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=placement.fitting((rows,), ("batch",)))
+    cache = abstract_cache(params.config, placement, rows, S, "float32")
     text = _decode_step.lower(params, ids, cache).compile().as_text()
+    return collectives(text, dict(placement.mesh.shape))
+
+
+def prefill(layers: int, rules: str, mesh: str, rows: int = B, length: int = S, embed: int = D) -> list:
+    """The collectives of reading prompts into an empty cache."""
+    params = abstract(layers, rules, mesh, embed)
+    placement = params.placement
+    lies = placement.fitting((rows, length), ("batch", None))
+    prompt = [jax.ShapeDtypeStruct((rows, length), dtype, sharding=lies) for dtype in (jnp.int32, jnp.bool_)]
+    cache = abstract_cache(params.config, placement, rows, S, "float32")
+    text = _prefill.lower(params, *prompt, cache, None, "eager", True).compile().as_text()
     return collectives(text, dict(placement.mesh.shape))
 
 
@@ -56,17 +68,29 @@ def test_two_sums_a_layer(rules):
     assert max(c.bytes for c in three) <= B * D * 4
 
 
-def test_a_weight_is_gathered_once():
-    """Fully sharded: each matrix once a step, and no activation is summed over what splits the rows."""
-    two, three = (step(layers, "fsdp", "fsdp=8") for layers in (2, 3))
-    # q, k, v, out, fc1 and fc2, their biases, two norms with weight and bias.
-    matrices = [c for c in three if c.kind == "all-gather"]
-    assert count(three, "all-gather") - count(two, "all-gather") <= 6 + 6 + 4, matrices
-    assert count(three, "all-gather") - count(two, "all-gather") >= 6
-    # The head's table; none is gathered to look up a token or a position.
+@pytest.mark.parametrize(
+    ("rules", "mesh"),
+    [("fsdp", "fsdp=8"), ("fsdp", "data=2,fsdp=2,sequence=2"), ("fsdp+tensor", "fsdp=4,tensor=2")],
+)
+@pytest.mark.parametrize("rows", [B, 1])
+def test_to_decode_no_matrix_is_gathered(rules, mesh, rows):
+    """The rows come to the parts of a matrix instead; a matrix is larger than what they have of the widest layer."""
+    found = step(2, rules, mesh, rows, embed=32)
+    assert max(c.bytes for c in found if c.kind == "all-gather") <= B * 128 * 4 < D * D // 2 * 4
+    assert max(c.bytes for c in found) <= B * 256 * 4  # their logits
+
+
+def test_to_read_many_tokens_a_weight_is_gathered_once():
+    """Fully sharded: each matrix once, and no activation is summed over what splits the rows."""
+    two, three = (prefill(layers, "fsdp", "fsdp=8") for layers in (2, 3))
+    # q, k, v, out, fc1 and fc2, and what is small: norms, biases.
+    more = count(three, "all-gather") - count(two, "all-gather")
+    large = [sum(c.bytes >= D * D * 4 for c in found if c.kind == "all-gather") for found in (two, three)]
+    assert 6 == large[1] - large[0] <= more <= 6 + 6 + 4, three
     assert max(c.bytes for c in three) <= 256 * D * 4
-    assert count(three, "all-to-all") + count(two, "all-to-all") > 0
-    assert count(three, "all-reduce") == count(two, "all-reduce") == 0
+    assert count(three, "all-reduce") == count(two, "all-reduce")
+    few = prefill(2, "fsdp", "fsdp=8", length=8)
+    assert max(c.bytes for c in few if c.kind == "all-gather") <= B * 8 * 128 * 4 and count(few, "all-to-all") > 4
 
 
 @pytest.mark.parametrize("options", [{}, dict(do_sample=True, top_k=5, top_p=0.9)], ids=["greedy", "sampled"])
@@ -119,13 +143,14 @@ for rules, mesh in tests.SPREADS.items():
     tests.compile_training(2, rules, mesh, micro_batches=2)
     if rules != "data":
         tests.step(2, rules, mesh)
+        tests.prefill(2, rules, mesh, 1, 16, embed=32)
 """
 SPREADS = {
     "data": "data=2,fsdp=2,tensor=2",
     "fsdp": "data=2,fsdp=4",
     "tensor": "data=2,tensor=4",
     "fsdp+tensor": "fsdp=2,tensor=4",
-    "fsdp+tensor+sequence": "data=2,fsdp=2,tensor=2",
+    "fsdp+tensor+sequence": "fsdp=4,tensor=2",
 }
 
 

@@ -184,6 +184,21 @@ def test_a_mesh_of_ones_own():
     )
 
 
+def test_tokens_travel_while_they_are_less_than_the_weights():
+    """What devices of OPT-66b would send, summed matrix by matrix: each gathers its part of a matrix, or else sends and
+    gets its columns of the tokens, and their outputs."""
+    width, layer = 9216, [(9216, 9216)] * 4 + [(4 * 9216, 9216), (9216, 4 * 9216)]
+    for mesh, n, t in (("fsdp=4,tensor=2", 4, 2), ("fsdp=2,tensor=4", 2, 4), ("data=2,fsdp=4", 4, 1)):
+        placement = make_placement(make_mesh(mesh, eight()), "fsdp+tensor", OPTConfig.preset("opt-66b"), None)
+        weights = sum(rows * columns for rows, columns in layer) / t
+        # The layer's input and the feed-forward's come in columns, and so leave; within, heads and F are in parts.
+        token = 4 * width / n + (3 + 1 + 4 + 4) * width / t
+        even = 1.5 * weights / token
+        assert placement.tokens_travel(int(even * 0.99), width) and not placement.tokens_travel(int(even * 1.01), width)
+    alone = make_placement(make_mesh("data=2,tensor=4", eight()), "fsdp+tensor", OPTConfig.preset("opt-66b"), None)
+    assert not alone.tokens_travel(1, width)  # nothing is gathered there
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_mesh_for_a_size(name):
     """Whatever is chosen fits, and makes up the devices."""
@@ -195,7 +210,9 @@ def test_a_mesh_for_a_size(name):
     assert choose_mesh(small, 64, "generate") == parse_mesh("data=64")
     assert choose_mesh(small, 64) == parse_mesh("fsdp=64")
     assert choose_mesh(large, 16, "generate", memory=95e9) == parse_mesh("data=2,tensor=8")
-    assert choose_mesh(large, 16, "generate", memory=31e9, fast=8) == parse_mesh("data=2,tensor=8")
+    assert choose_mesh(large, 16, "generate", memory=77e9, fast=8) == parse_mesh("data=2,tensor=8")
+    # Two groups of eight, of which none could hold all weights.
+    assert choose_mesh(large, 16, "generate", memory=31e9, fast=8) == parse_mesh("fsdp=2,tensor=8")
     assert choose_mesh(large, 256)["tensor"] > 1
     for bad in ((0, "train"), (8, "sing")):
         with pytest.raises(ValueError, match="at least one device|no job"):

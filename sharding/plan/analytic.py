@@ -51,6 +51,7 @@ class Splits(Protocol):
     def mesh_axes(self, axis: Axis) -> tuple[str, ...]: ...
     def shards(self, axis: Axis) -> int: ...
     def parts(self, size: int, axis: str) -> int: ...
+    def tokens_travel(self, tokens: int, width: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def prefill(
     flops = layer_flops(config, splits, own, own * cache_length)
     flops += 2 * (batch / splits.parts(batch, "batch")) * config.vocab_size * config.embed_dim / splits.shards("vocab")
     memory = _serving(config, splits, batch, cache_length, width, cache_width)
-    hbm = used_bytes(config, splits, width) + _activation_traffic(config, splits, own, cache_length, width)
+    hbm = used_bytes(config, splits, width, tokens) + _activation_traffic(config, splits, own, cache_length, width)
     hbm += memory["cache"] * length / cache_length
     return Work(model, flops, hbm, memory, tokens)
 
@@ -173,7 +174,7 @@ def decoding(
     flops = layer_flops(config, splits, own, own * cache_length) + _projection_flops(config, own)
     flops += 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
     memory = _serving(config, splits, batch, cache_length, width, cache_width)
-    return Work(model, flops, used_bytes(config, splits, width) + memory["cache"], memory, batch)
+    return Work(model, flops, used_bytes(config, splits, width, batch) + memory["cache"], memory, batch)
 
 
 def offloaded(work: Work, config: OPTConfig, splits: Splits, *, width: int, from_disk: bool = False) -> Work:
@@ -221,11 +222,12 @@ def stored_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
     return sum(share(w, splits, ()) * _copies(config, w) for w in declare(config)) * width
 
 
-def used_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
-    """Of the weights as a device multiplies with them: gathered over the devices that have other tokens. A table is
-    looked up, not read, but for the one that is the head as well."""
+def used_bytes(config: OPTConfig, splits: Splits, width: int, cached_tokens: int | None = None) -> int:
+    """Of the weights as a device multiplies with them, see `gathered_axes`. A table is looked up, not read, but for the
+    one that is the head as well."""
     read = (w for w in declare(config) if w.path != "embed_positions.weight")
-    return sum(share(w, splits, token_axes(splits)) * _copies(config, w) for w in read) * width
+    gathered = gathered_axes(config, splits, cached_tokens)
+    return sum(share(w, splits, gathered) * _copies(config, w) for w in read) * width
 
 
 def cache_width(config: OPTConfig, dtype: str) -> float:
@@ -240,8 +242,15 @@ def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, widt
 
 
 def token_axes(splits: Splits) -> set[str]:
-    """The mesh's axes whose devices have other tokens: weights are gathered over them where they are used."""
+    """The mesh's axes whose devices have other tokens."""
     return {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
+
+
+def gathered_axes(config: OPTConfig, splits: Splits, cached_tokens: int | None = None) -> set[str]:
+    """The mesh's axes over which weights are gathered to be used: those whose devices have other tokens; but none where
+    ``cached_tokens``, of a pass with a cache, are so few that it is they that travel."""
+    travel = cached_tokens is not None and splits.tokens_travel(cached_tokens, config.hidden_size)
+    return set() if travel else token_axes(splits)
 
 
 def share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:

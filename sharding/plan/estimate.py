@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from . import analytic
@@ -25,7 +27,8 @@ def memory(request: Request) -> float:
     least = max(work.least_memory for work in request.works().values())
     config, splits, o = request.config, request.splits, request.options
     width = analytic.WIDTHS[o["dtype"]]
-    layer = analytic.used_bytes(config, splits, width) / config.num_hidden_layers
+    read = o["batch"] * o["prompt"] if request.job == "generate" else None
+    layer = analytic.used_bytes(config, splits, width, read) / config.num_hidden_layers
     if request.job == "generate":
         tokens, keys, block = o["batch"] * o["prompt"], o["cache_length"], o["prompt"]
         rows = o["batch"]
@@ -57,6 +60,10 @@ def _traffic(request: Request) -> float:
     exchanged = 2 * config.num_hidden_layers * config.hidden_size * width  # a token's, in one pass over the layers
     if request.job == "generate":
         own = o["batch"] / splits.parts(o["batch"], "batch")
+        sharing = math.prod(request.mesh[name] for name in of_tokens & of_weights)
+        if splits.tokens_travel(o["batch"], config.hidden_size):  # see there
+            numbers = config.num_hidden_layers * config.hidden_size * (12 / splits.shards("heads") + 4 / sharing)
+            used = min(own * sharing, o["batch"]) * numbers * width
         gathers = seconds("all-gather", used, _group(request, of_tokens & of_weights))
         return max(gathers, seconds("all-reduce", exchanged * own, _group(request, of_layers)))
     parts = o["micro_batches"]

@@ -81,13 +81,13 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if line[:1] not in (" ", "\t"):
             header = _HEADER.match(line)
             if header and not line.startswith("HloModule"):
                 current = computations[header[2]] = Computation(header[2])
                 entry = header[2] if header[1] else entry
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":
                 current = None
         elif current is not None:
             found = _instruction(line)
@@ -96,6 +96,18 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
     return Module(entry, computations)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """The lines, with those of which an attribute holds line breaks put together: a kernel's metadata may be JSON."""
+    whole: list[str] = []
+    for line in text.splitlines():
+        if whole and whole[0][:1] in (" ", "\t") and line[:1] not in (" ", "\t") and line.rstrip() not in ("", "}"):
+            whole.append(line)
+            continue
+        yield from [" ".join(whole)] if whole else []
+        whole = [line]
+    yield from [" ".join(whole)] if whole else []
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -35,7 +35,7 @@ def working_set(request: Request) -> dict[str, int]:
     tokens = rows * length // splits.parts(length, "length")  # of attention and the feed-forward network
     of_residual = rows * length // splits.parts(length, "residual_length")
 
-    found, gathered = {}, analytic.token_axes(splits)
+    found, gathered = {}, analytic.gathered_axes(config, splits, None if trains else all_rows * length)
     weights = declare(config)
     of_layer = [weight for weight in weights if weight.per_layer]
     layer, kept = (sum(analytic.share(w, splits, axes) for w in of_layer) for axes in (gathered, ()))
