@@ -9,12 +9,14 @@ import pytest
 # Before any test imports the libraries that read them: no telemetry, no fork warnings from the tokenizer's threads.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Eight emulated devices, for the tests of sharding; all others use the first. LLVM is not to optimize: a test runs once
-# what it compiles, on small models, and compiling is most of its time. XLA's own passes are those that users get.
+# Eight emulated devices, for the tests of sharding; all others use the first. A test runs once what it compiles, on
+# small models, and compiling is most of its time: LLVM is not to optimize, nor XLA to write its loops by way of MLIR,
+# which takes as long again. XLA's own passes are those that users get.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]

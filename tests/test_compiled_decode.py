@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from compilations import AS_USERS_DO
 
 import optjax
 from optjax.attention_products import BLOCK
@@ -31,7 +32,9 @@ def buffer_size(rows: int, columns: int = COLUMNS) -> int:
 def compile_step(rows: int, dtype=None):
     params = optjax.abstract_params(CONFIG)
     cache = jax.eval_shape(lambda: init_cache(CONFIG, rows, COLUMNS, dtype, layout="heads"))
-    return _decode_step.lower(params, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile()
+    return _decode_step.lower(params, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile(
+        compiler_options=AS_USERS_DO
+    )
 
 
 def compile_loop(rows: int, room: int = 64, **options):
@@ -47,7 +50,7 @@ def compile_loop(rows: int, room: int = 64, **options):
     key = jax.eval_shape(lambda: jax.random.key(0)) if settings.do_sample else None
     number = jax.ShapeDtypeStruct((), jnp.int32)
     params = optjax.abstract_params(CONFIG)
-    return run.lower(params, ids, mask, settings, key, number, room=room).compile()
+    return run.lower(params, ids, mask, settings, key, number, room=room).compile(compiler_options=AS_USERS_DO)
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -186,11 +189,15 @@ def test_the_check_sees_copies():
     params = optjax.abstract_params(CONFIG)
     cache = jax.eval_shape(lambda: init_cache(CONFIG, 8, COLUMNS, layout="heads"))
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)
-    kept = jax.jit(_decode_step.__wrapped__).lower(params, ids, cache).compile()  # not donated
+    kept = (
+        jax.jit(_decode_step.__wrapped__).lower(params, ids, cache).compile(compiler_options=AS_USERS_DO)
+    )  # not donated
     every = computations(kept.as_text())
     with pytest.raises(AssertionError, match="not a write"):
         check_body(every["ENTRY"], every, 8)
-    stacked = _decode_step.lower(optjax.abstract_params(CONFIG, stacked=True), ids, cache).compile()
+    stacked = _decode_step.lower(optjax.abstract_params(CONFIG, stacked=True), ids, cache).compile(
+        compiler_options=AS_USERS_DO
+    )
     every = computations(stacked.as_text())
     with pytest.raises(AssertionError, match="not a write"):
         check_body(every["ENTRY"], every, 8)

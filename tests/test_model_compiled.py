@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from compilations import AS_USERS_DO
 
 import optjax
 from optjax import OPTConfig
@@ -18,7 +19,7 @@ DEEP = CONFIG.replace(num_hidden_layers=24)
 
 
 def _compile(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile()
+    return jax.jit(function).lower(*arguments).compile(compiler_options=AS_USERS_DO)
 
 
 def _ids(rows: int, columns: int):
@@ -83,7 +84,7 @@ def test_a_step_in_bfloat16_copies_no_weights(rows):
     params = optjax.abstract_params(CONFIG.replace(vocab_size=2048, hidden_size=256, ffn_dim=1024), jnp.bfloat16)
     cache = jax.eval_shape(lambda: optjax.init_cache(params, rows, 16))
     step = jax.jit(lambda params, ids, cache: optjax.causal_lm(params, ids, cache=cache), donate_argnums=2)
-    compiled = step.lower(params, _ids(rows, 1), cache).compile()
+    compiled = step.lower(params, _ids(rows, 1), cache).compile(compiler_options=AS_USERS_DO)
     assert _temporary(compiled) < _bytes(params["layers"][0]["fc1"]["weight"])
 
 
@@ -96,7 +97,7 @@ def test_a_cached_step_writes_in_place(layout):
     params = optjax.abstract_params(CONFIG)
     cache = jax.eval_shape(lambda: optjax.init_cache(params, 4, 512, layout=layout))
     step = jax.jit(lambda params, ids, cache: optjax.causal_lm(params, ids, cache=cache), donate_argnums=2)
-    compiled = step.lower(params, _ids(4, 1), cache).compile()
+    compiled = step.lower(params, _ids(4, 1), cache).compile(compiler_options=AS_USERS_DO)
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= _bytes((cache.keys, cache.values))
