@@ -322,7 +322,7 @@ def _rows(params: Params, name: str, dtype: Any, index: jax.Array, stay: bool) -
     table, placement = params[name]["weight"], params.placement
     axes = logical_axes(params.config, params.head)[name]["weight"]
     if isinstance(table, QuantizedWeight):
-        if stay:
+        if placement is not None and stay:
             rows = placement.from_table(table.rows(placement.to_table(index, axes), dtype), axes)
         else:
             rows = gather(placement, table, axes).rows(index, dtype)
