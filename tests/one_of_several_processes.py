@@ -3,10 +3,12 @@
 With two processes the run is split; with one it has all devices. Both write the same files.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import optjax
@@ -14,6 +16,7 @@ from optjax.checkpoints import tensors
 from optjax.sharding import initialize, make_mesh
 from optjax.train.checkpoint import Checkpoints
 from optjax.train.optimizer import Recipe
+from optjax.train.options import StepOptions
 from optjax.train.placing import place_batch, rows
 from optjax.train.state import abstract_state, init_state, train_step
 
@@ -45,15 +48,23 @@ logits = jax.jit(lambda p, x: optjax.causal_lm(p, x).logits, out_shardings=every
 
 optjax.save_params(params, out / "saved")
 
-recipe = Recipe(peak_lr=1e-2, total_steps=4, warmup_steps=0)
-state = init_state(params)
-own = ids[rows(params, len(ids))]
-assert len(own) == 8 // jax.process_count()
-batch = place_batch({"input_ids": own[:, :-1], "labels": own[:, 1:]}, params, len(ids))
-losses = []
-for _ in range(2):
-    state, metrics = train_step(state, batch, recipe)
-    losses.append(np.asarray(metrics["loss"]))
+
+def train(params, recipe, steps, **options):
+    """The state after so many steps, each over the rows in another order, and their losses."""
+    state, losses = init_state(jax.tree.map(jnp.copy, params)), []
+    for step in range(steps):
+        own = np.roll(ids, step, axis=0)[rows(params, len(ids))]
+        assert len(own) == 8 // jax.process_count()
+        batch = place_batch({"input_ids": own[:, :-1], "labels": own[:, 1:]}, params, len(ids))
+        state, metrics = train_step(state, batch, recipe, **options)
+        losses.append(np.asarray(metrics["loss"]))
+    return state, np.stack(losses)
+
+
+state, losses = train(params, Recipe(peak_lr=1e-2, total_steps=4, warmup_steps=0), 2)
+dropping = dataclasses.replace(params, config=params.config.replace(dropout=0.1, attention_dropout=0.1))
+halves = StepOptions(micro_batches=2)
+_, curve = train(dropping, Recipe(peak_lr=1e-3, total_steps=40, warmup_steps=4), 40, seed=3, options=halves)
 with Checkpoints(out / "run") as checkpoints:
     checkpoints.save(state)
 with Checkpoints(out / "run") as checkpoints:
@@ -65,6 +76,7 @@ whole = jax.jit(lambda x: x, out_shardings=everywhere)(restored)
 if jax.process_index() == 0:
     np.save(out / "ids.npy", made)
     np.save(out / "logits.npy", logits)
-    np.save(out / "losses.npy", np.stack(losses))
+    np.save(out / "losses.npy", losses)
+    np.save(out / "curve.npy", curve)
     named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(whole)}
     np.savez(out / "restored.npz", **named)

@@ -64,6 +64,13 @@ def test_logits_and_loss_are_the_same(results):
     assert losses[1] < losses[0]
 
 
+def test_the_curve_is_the_same(results):
+    """Forty steps with dropout, in two micro-batches."""
+    one, two = (np.load(out / "curve.npy") for out in results)
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert len(one) == 40 and one[-8:].mean() < 0.9 * one[:8].mean()
+
+
 def test_each_process_reads_its_part(results):
     """Of the bytes of the weights: half of those that are split over both processes, all of the others."""
     whole = int(np.load(results[0] / "read-0.npy"))
