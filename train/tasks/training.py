@@ -77,6 +77,7 @@ def script(
     try:
         flags.check(args)
         initialize()
+        args.mesh = args.mesh or flags.default_mesh()
         return 0 if body(args) else STOPPED
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
