@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -102,7 +101,7 @@ def lm_logits(params: Params, x: jax.Array) -> jax.Array:
     with jax.named_scope("lm_head"):
         if placement is not None:
             axes = logical_axes(params.config, params.head)[name]["weight"]
-            stay = placement.tokens_travel(math.prod(x.shape[:-1]), x.shape[-1])
+            stay = placement.tokens_travel_to_head(x.shape[:-1], *weight.shape)
             weight = gather(placement, weight.astype(x.dtype), axes, stay)
         x = constrain(placement, x, "batch", *length, None)
         logits = linear(x, {"weight": weight}, jnp.float32, placement=placement)

@@ -58,8 +58,8 @@ def decoder_layer(
     pre_norm = config.do_layer_norm_before
     # The fifth of `split`, which stays as it is where no adapter needs it.
     weights = with_dropout(weights, None if key is None else jax.random.fold_in(key, 4))
-    # With a cache there is no backward pass, and often few tokens.
-    stay = past is not None and tokens_travel(placement, x.shape[0] * x.shape[1], x.shape[2])
+    # With a cache there is hardly ever a backward pass, and there are often few tokens.
+    stay = past is not None and tokens_travel(placement, x.shape[:2], x.shape[2])
     weights = _as_used(config, placement, weights, x.dtype, stay)
 
     def residual(x, block, norm, dropout_key):
@@ -100,7 +100,7 @@ def decoder_layer(
 def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: Any, stay: bool) -> dict[str, Any]:
     """A layer's weights, the matrices in ``dtype``, gathered; in this order, so that fewer bytes travel.
 
-    With ``stay`` no matrix is.
+    With ``stay`` no matrix is, but for those of adapters.
     """
     if placement is None:
         return weights

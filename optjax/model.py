@@ -307,14 +307,14 @@ def finish(params: Params, x: jax.Array, stay: bool = False) -> jax.Array:
         x = layer_norm(x, gather(params.placement, norm, axes))
     if params.config.has_projections:
         x = linear(x, {"weight": _weight(params, "project_out", x.dtype, stay)}, placement=params.placement)
+        x = constrain(params.placement, x, "batch", "length", None) if stay else x
     return x
 
 
 def _weights_stay(params: Params, inputs: Inputs) -> bool:
-    """Whether the matrices stay where they are, and the tokens come to them: with a cache, so there is no backward
-    pass, and for few tokens."""
-    b, t, *_ = (inputs.ids if inputs.embeds is None else inputs.embeds).shape
-    return inputs.cache is not None and tokens_travel(params.placement, b * t, params.config.hidden_size)
+    """Whether the matrices stay where they are, and the tokens come to them; see `decoder_layer`."""
+    shape = (inputs.ids if inputs.embeds is None else inputs.embeds).shape[:2]
+    return inputs.cache is not None and tokens_travel(params.placement, shape, params.config.hidden_size)
 
 
 def _rows(params: Params, name: str, dtype: Any, index: jax.Array, stay: bool) -> jax.Array:

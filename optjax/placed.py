@@ -68,9 +68,9 @@ class Resident:
         return dataclasses.replace(self, weight=self.weight.astype(dtype))
 
 
-def tokens_travel(placement: Placement | None, tokens: int, width: int) -> bool:
-    """Whether it is the tokens that should travel, not the weights of a layer of that width."""
-    return placement is not None and placement.tokens_travel(tokens, width)
+def tokens_travel(placement: Placement | None, shape: tuple[int, ...], width: int) -> bool:
+    """Whether it is tokens ``[B, T]`` that should travel, not the weights of a layer of that width."""
+    return placement is not None and placement.tokens_travel(shape, width)
 
 
 def gather(placement: Placement | None, weights: Any, axes: Any, stay: bool = False) -> Any:
@@ -82,7 +82,7 @@ def gather(placement: Placement | None, weights: Any, axes: Any, stay: bool = Fa
         return weights
     if isinstance(weights, dict):
         return {name: gather(placement, weight, axes[name], stay) for name, weight in weights.items()}
-    if stay and not isinstance(weights, AdaptedWeight) and len(axes) == 2 and placement.stays(axes):
+    if stay and len(axes) == 2 and placement.stays(axes) and _may_stay(placement, weights):
         return Resident(weights, axes)
     if isinstance(weights, QuantizedWeight):
         return weights.map_with_axes(placement.gather, axes)
@@ -91,6 +91,12 @@ def gather(placement: Placement | None, weights: Any, axes: Any, stay: bool = Fa
         a, b = placement.gather_as_fits(weights.lora_A, of_a), placement.gather_as_fits(weights.lora_B, of_b)
         return dataclasses.replace(weights, base=gather(placement, weights.base, axes, stay), lora_A=a, lora_B=b)
     return placement.gather(weights, axes)
+
+
+def _may_stay(placement: Placement, weight: Any) -> bool:
+    # On TPU codes of 4 bits, which stand the other way round, are split along the other dimension.
+    other_way = isinstance(weight, QuantizedWeight) and weight.kind != "int8" and placement.platform == "tpu"
+    return not (isinstance(weight, AdaptedWeight) or other_way)  # of an adapted weight it is the base that stays
 
 
 def cast(weight: jax.Array, dtype: Any) -> jax.Array:

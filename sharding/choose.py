@@ -45,7 +45,11 @@ def choose_mesh(
         weights = 2 * count_params(config)  # bfloat16
         tensor = next((n for n in splits if 2 * weights <= n * memory), splits[-1])
         copies = devices // tensor
-        shares = [n for n in range(1, copies + 1) if copies % n == 0 and config.hidden_size % n == 0]
+        shares = [
+            n
+            for n in range(1, copies + 1)
+            if copies % n == 0 and config.hidden_size % (n * tensor) == 0 and config.embed_dim % n == 0
+        ] or [1]
         fsdp = next((n for n in shares if 1.5 * weights <= n * tensor * memory), shares[-1])
         return parse_mesh({"data": copies // fsdp, "fsdp": fsdp, "tensor": tensor})
     # What a row of full length keeps for the backward pass: the input of each layer, in bfloat16.

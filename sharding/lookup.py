@@ -125,8 +125,7 @@ def _whole_rows(placement: Placement, table: jax.Array, axes: tuple[Axis, ...]) 
 
 
 def _whole(placement: Placement, axis: Axis) -> Names:
-    of_tokens = {*placement.mesh_axes("batch"), *placement.mesh_axes("length")}
-    return tuple(name for name in placement.mesh_axes(axis) if name not in of_tokens)
+    return tuple(name for name in placement.mesh_axes(axis) if name not in placement.token_axes)
 
 
 def _constrain(placement: Placement, x: jax.Array, split: tuple[Names, ...]) -> jax.Array:

@@ -46,7 +46,7 @@ class Placement:
         return {None: (), **split}
 
     @cached_property
-    def _of_tokens(self) -> frozenset[str]:
+    def token_axes(self) -> frozenset[str]:
         """The mesh axes that split the tokens, whose devices all need a weight."""
         return frozenset({*self.mesh_axes("batch"), *self.mesh_axes("length")})
 
@@ -112,60 +112,100 @@ class Placement:
             return jax.lax.with_sharding_constraint(weight, gathered)  # codes of a quantized weight have no cotangent
         return _gather(weight, stored, gathered)
 
-    def tokens_travel(self, tokens: int, width: int) -> bool:
-        """Whether it is so many tokens that should travel, not the matrices of a layer of that width, D.
+    def sharing(self) -> int:
+        """The number of devices that share each weight between them and have tokens of their own."""
+        return math.prod(self.mesh.shape[name] for name in self._sharing)
+
+    @cached_property
+    def _sharing(self) -> tuple[str, ...]:
+        return tuple(name for name in self.mesh_axes("model") if name in self.token_axes)
+
+    def tokens_of_sharing(self, shape: tuple[int, ...]) -> int:
+        """The tokens, of ``[B]`` or ``[B, T]``, of devices that share their weights."""
+        split = [self.dividing(size, axis) for size, axis in zip(shape, ("batch", "length"), strict=False)]
+        apart = [self.mesh.shape[name] for names in split for name in names if name not in self._sharing]
+        return math.prod(shape) // math.prod(apart)
+
+    def numbers_of_a_token(self, width: int) -> float:
+        """That are sent and got for each token where it travels to the matrices of a layer of that width."""
+        return width * (12 / self.shards("heads") + 4 / self.sharing())
+
+    def tokens_travel(self, shape: tuple[int, ...], width: int) -> bool:
+        """Whether it is tokens ``[B, T]`` that should travel, not the matrices of a layer of that width, D.
 
         Of n devices that share the matrices of a part of the heads, 1/t, each would gather 12 D²/t numbers, or else
-        send and get 12 D/t + 4 D/n for each token. What is gathered is also written to memory and read again, and the
-        TPU compiler copies what it is gathered from; that tips the scales by half.
+        send and get 12 D/t + 4 D/n for each token (where `fsdp` splits columns, as on TPU; elsewhere about as many).
+        What is gathered is also written to memory and read again, and the TPU compiler copies what it is gathered
+        from; that tips the scales by half.
         """
-        n = math.prod(self.mesh.shape[name] for name in self.mesh_axes("model") if name in self._of_tokens)
-        return n > 1 and tokens * (12 / self.shards("heads") + 4 / n) <= 1.5 * 12 * width / self.shards("heads")
+        gathered = 12 * width**2 / self.shards("heads")
+        travelling = self.tokens_of_sharing(shape) * self.numbers_of_a_token(width)
+        return self.sharing() > 1 and travelling <= 1.5 * gathered
+
+    def tokens_travel_to_head(self, shape: tuple[int, ...], vocab_size: int, width: int) -> bool:
+        """The same of the head alone, ``[V, E]``: its outputs are many, in float32, and summed over the devices."""
+        vocab = vocab_size / self.shards("vocab")
+        travelling = self.tokens_of_sharing(shape) * (width + 4 * vocab)
+        return self.sharing() > 1 and travelling <= 1.5 * vocab * width
 
     def stays(self, matrix_axes: Axes) -> bool:
         """Whether a matrix with these axes would be gathered, and can be used where it is."""
         return self.sharding(matrix_axes) != self.gathered(matrix_axes)
 
+    # A mesh axis that splits tokens and is to split columns, or the other way round, takes an exchange of its own: two
+    # that change places at once are more than the partitioner knows how to do.
+
     def to_matrix(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """Tokens ``[B, …, in]`` as the devices that share a matrix ``[out, in]`` with these axes multiply them.
+        """Tokens ``[B, in]`` or ``[B, T, in]`` as the devices that share a matrix ``[out, in]`` multiply them.
 
         What splits the matrix does not split the tokens any longer; of each a device has the columns of its own part.
         """
-        # In two steps: two mesh axes that change places at once are more than the partitioner knows how to do.
-        x = self._of_matrix(x, self.gathered(axes).spec[1:])
-        return self._with_matrix(x, axes, self.sharding(axes).spec[1:])
+        _, columns = self._split(axes)
+        exchanged = [name for name in columns if name in self.token_axes]
+        for n in range(len(exchanged) + 1):
+            x = self._lay(x, exchanged[:n], columns, exchanged[n:])
+        return self._lay(x, {name for names in self._split(axes) for name in names}, columns)
 
     def from_matrix(self, y: jax.Array, axes: Axes) -> jax.Array:
-        """The product ``[B, …, out]`` as it comes out of the parts of a matrix with these axes."""
-        y = self._with_matrix(y, axes, self.sharding(axes).spec[:1])
-        if self.parts(y.shape[0], "batch") < self.shards("batch"):
-            y = self._of_matrix(y, self.gathered(axes).spec[:1])
-        return y
+        """The product ``[B, out]`` or ``[B, T, out]`` as it comes out of the parts of a matrix."""
+        return self._from(y, axes, 0)
 
     def to_table(self, index: jax.Array, axes: Axes) -> jax.Array:
         """Tokens ``[B, T]`` as the devices that share a table ``[V, E]`` with these axes look them up."""
-        return self._with_matrix(index, axes, ())
+        return self._lay(index, {name for names in self._split(axes) for name in names})
 
     def from_table(self, rows: jax.Array, axes: Axes) -> jax.Array:
-        """Rows ``[B, T, E]`` as they come out of the parts of a table with these axes."""
-        return self._with_matrix(rows, axes, self.sharding(axes).spec[1:])
+        """Rows ``[B, T, E]`` as they come out of the parts of a table."""
+        return self._from(rows, axes, 1)
 
-    def _with_matrix(self, x: jax.Array, axes: Axes, last: Any) -> jax.Array:
-        return self._tokens(x, last, {name for entry in self.sharding(axes).spec for name in _names(entry)})
+    def _from(self, y: jax.Array, axes: Axes, dimension: int) -> jax.Array:
+        columns = self._split(axes)[dimension]
+        exchanged = [name for name in columns if name in self.token_axes]
+        y = self._lay(y, {name for names in self._split(axes) for name in names}, columns)
+        for n in range(len(exchanged) - 1, 0, -1):
+            y = self._lay(y, exchanged[:n], columns, exchanged[n:])
+        # The last exchange is left to what is asked for next, but where rows do not divide, and it is a gather.
+        if self.parts(y.shape[0], "batch") < self.shards("batch"):
+            y = self._lay(y, (), columns, exchanged)
+        return y
 
-    def _of_matrix(self, x: jax.Array, last: Any) -> jax.Array:
-        return self._tokens(x, last, frozenset())
+    def _split(self, axes: Axes) -> list[tuple[str, ...]]:
+        """The mesh axes that split each dimension of a weight."""
+        return [self.mesh_axes(axis) for axis in self._as_gathered_best(axes)]
 
-    def _tokens(self, x: jax.Array, last: Any, but: Any) -> jax.Array:
-        sizes = zip(x.shape[: x.ndim - len(last)], ("batch", "length"), strict=False)
-        split = [tuple(name for name in self.dividing(size, axis) if name not in but) for size, axis in sizes]
+    def _lay(self, x: jax.Array, whole: Any, columns: Any = None, without: Any = ()) -> jax.Array:
+        """Tokens that some mesh axes do not split; and their ``columns`` split as said, without some."""
+        tokens = x.shape if columns is None else x.shape[:-1]
+        sizes = zip(tokens, ("batch", "length"), strict=False)
+        split = [tuple(name for name in self.dividing(size, axis) if name not in whole) for size, axis in sizes]
+        last = [] if columns is None else [tuple(name for name in columns if name not in without)]
         return jax.lax.with_sharding_constraint(x, self._named([*split, *last]))
 
     def gather_as_fits(self, matrix: jax.Array, axes: Axes) -> jax.Array:
         """`gather` of a matrix that is split as `fitting` has it: one of an adapter."""
         stored = self.fitting(matrix.shape, axes)
         split = [self.dividing(size, axis) for size, axis in zip(matrix.shape, axes, strict=True)]
-        gathered = self._named(tuple(name for name in names if name not in self._of_tokens) for names in split)
+        gathered = self._named(tuple(name for name in names if name not in self.token_axes) for names in split)
         return matrix if stored == gathered else _gather(matrix, stored, gathered)
 
     def total(self, sums: jax.Array, axes: Axes) -> jax.Array:
@@ -186,7 +226,7 @@ class Placement:
     def gathered(self, axes: Axes) -> NamedSharding:
         """The sharding of a weight as it is used: whole along the mesh axes that split the tokens."""
         axes = self._as_gathered_best(axes)
-        return self._named(tuple(name for name in self.mesh_axes(axis) if name not in self._of_tokens) for axis in axes)
+        return self._named(tuple(name for name in self.mesh_axes(axis) if name not in self.token_axes) for axis in axes)
 
     def _as_gathered_best(self, axes: Axes) -> Axes:
         """On TPU, what splits rows a second time splits the columns instead: its compiler gathers columns as they
@@ -211,11 +251,6 @@ class Placement:
     def __repr__(self) -> str:
         rules = ", ".join(f"{axis}: {'·'.join(names)}" for axis, names in self._by_name.items() if names)
         return f"Placement({format_mesh(self.mesh)}; {rules})"
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

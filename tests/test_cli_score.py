@@ -164,6 +164,8 @@ def test_windows_count_each_token_once():
         (["the", ""], 2, ["continuation is empty"]),
         (["the " * 70], 1, ["64 positions", "--perplexity"]),
         (["the", "--stride", "3"], 2, ["--stride", "--perplexity"]),
+        (["--attn-implementation", "flash", "the old"], 1, ["flash", "cannot be had"]),
+        (["--attn-implementation", "flash", "--perplexity", "the old"], 1, ["flash", "cannot be had"]),
         (["--perplexity", "the", "old"], 2, ["one text"]),
         (["--perplexity", "the", "--top-n", "2"], 2, ["--top-n"]),
         (["--perplexity", "the old", "--max-length", "65"], 2, ["--max-length", "64 positions", "65"]),

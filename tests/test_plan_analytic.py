@@ -163,7 +163,8 @@ def test_gathered_weights_are_whole_along_the_batch():
     assert 0.5 * whole <= half < 0.51 * whole  # but for norms and a few biases
     # A few tokens come to the weights' parts, many do not.
     spread = splits("fsdp=8", "fsdp")
-    assert analytic.used_bytes(c, spread, 2, 8) <= whole / 8 * 1.05 < whole == analytic.used_bytes(c, spread, 2, 512)
+    assert analytic.used_bytes(c, spread, 2, (8,)) <= whole / 8 * 1.05
+    assert analytic.used_bytes(c, spread, 2, (8, 64)) == whole
     shape = dict(batch=8, cache_length=62)
     moved = analytic.decoding(c, spread, **shape).hbm_bytes
     assert moved < analytic.decoding(c, splits(), **shape).hbm_bytes / 7

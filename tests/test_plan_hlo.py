@@ -189,9 +189,12 @@ def test_a_line_may_be_broken_within_an_attribute():
     """)
     text = re.sub(r"\n *BREAK", "\n", text)
     assert "\n}}, metadata" in text
+    host = '%host (q: f32[8]) -> f32[8] {\n  ROOT %q = f32[8] parameter(0)\n}, execution_thread="host"\n'
+    text = text.replace("ENTRY", host + "ENTRY")
     [found] = collectives(text, {"fsdp": 8, "tensor": 4})
     assert (found.kind, found.bytes) == ("all-gather", 2 * 1024 * 64)
     module = parse(text)
+    assert list(module.computations["host"].instructions) == ["q"]
     assert 'op_name="attend"' in module.computations[module.entry].instructions["kernel"].attributes
 
 

@@ -143,15 +143,26 @@ for rules, mesh in tests.SPREADS.items():
     tests.compile_training(2, rules, mesh, micro_batches=2)
     if rules != "data":
         tests.step(2, rules, mesh)
-        tests.prefill(2, rules, mesh, 1, 16, embed=32)
+for rules, mesh, rows, length in tests.FEW_TOKENS:
+    tests.prefill(2, rules, mesh, rows, length, embed=32)
 """
 SPREADS = {
     "data": "data=2,fsdp=2,tensor=2",
     "fsdp": "data=2,fsdp=4",
     "tensor": "data=2,tensor=4",
     "fsdp+tensor": "fsdp=2,tensor=4",
-    "fsdp+tensor+sequence": "fsdp=4,tensor=2",
+    "fsdp+tensor+sequence": "data=2,fsdp=2,tensor=2",
 }
+# That come to the weights, in every way that rows and their length divide or not.
+FEW_TOKENS = [
+    ("fsdp", "fsdp=8", 1, 4),
+    ("fsdp", "data=2,fsdp=2,sequence=2", 8, 4),
+    ("fsdp", "data=2,fsdp=2,sequence=2", 1, 8),
+    ("fsdp+tensor", "fsdp=4,tensor=2", 8, 2),
+    ("fsdp+tensor+sequence", "fsdp=4,tensor=2", 1, 8),
+    ("fsdp+tensor+sequence", "fsdp=2,sequence=2,tensor=2", 8, 4),
+    ("fsdp+tensor+sequence", "fsdp=2,sequence=2,tensor=2", 3, 4),
+]
 
 
 def test_nothing_is_rematerialized_involuntarily(repository):

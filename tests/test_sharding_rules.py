@@ -185,18 +185,23 @@ def test_a_mesh_of_ones_own():
 
 
 def test_tokens_travel_while_they_are_less_than_the_weights():
-    """What devices of OPT-66b would send, summed matrix by matrix: each gathers its part of a matrix, or else sends and
-    gets its columns of the tokens, and their outputs."""
+    """By the numbers that devices of OPT-66b send where fsdp splits columns; and by the tokens of those that share."""
     width, layer = 9216, [(9216, 9216)] * 4 + [(4 * 9216, 9216), (9216, 4 * 9216)]
-    for mesh, n, t in (("fsdp=4,tensor=2", 4, 2), ("fsdp=2,tensor=4", 2, 4), ("data=2,fsdp=4", 4, 1)):
+    for mesh, n, t, apart in (("fsdp=4,tensor=2", 4, 2, 1), ("fsdp=2,tensor=4", 2, 4, 1), ("data=2,fsdp=4", 4, 1, 2)):
         placement = make_placement(make_mesh(mesh, eight()), "fsdp+tensor", OPTConfig.preset("opt-66b"), None)
         weights = sum(rows * columns for rows, columns in layer) / t
         # The layer's input and the feed-forward's come in columns, and so leave; within, heads and F are in parts.
         token = 4 * width / n + (3 + 1 + 4 + 4) * width / t
-        even = 1.5 * weights / token
-        assert placement.tokens_travel(int(even * 0.99), width) and not placement.tokens_travel(int(even * 1.01), width)
+        even = 1.5 * weights / token * apart
+        few, many = (8, int(even * 0.99 / 8)), (8, int(even * 1.01 / 8))
+        assert placement.tokens_travel(few, width) and not placement.tokens_travel(many, width)
+        # Of an odd row every group of `data` has a copy.
+        assert placement.tokens_of_sharing((8, 4)) == 32 / apart and placement.tokens_of_sharing((1, 4)) == 4
+        # The head's outputs are many: it travels sooner.
+        head = placement.tokens_travel_to_head
+        assert head((8, 300 * apart), 50272, width) and not head(few, 50272, width)
     alone = make_placement(make_mesh("data=2,tensor=4", eight()), "fsdp+tensor", OPTConfig.preset("opt-66b"), None)
-    assert not alone.tokens_travel(1, width)  # nothing is gathered there
+    assert not alone.tokens_travel((1, 1), width)  # nothing is gathered there
 
 
 @pytest.mark.parametrize("name", PRESETS)

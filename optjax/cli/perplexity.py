@@ -97,6 +97,7 @@ def _logprob(arguments: argparse.Namespace, params: optjax.Params, ids: list[int
                 [ids[begin:first] for begin, first, _ in some],
                 [ids[first:end] for _, first, end in some],
                 batch_size=arguments.batch_size,
+                attn_implementation=arguments.attn_implementation,
             )
             total += sum(score.logprob for score in scores)
             done = some[-1].end - 1

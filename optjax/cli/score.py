@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("texts", nargs="*", metavar="TEXT", help=text)
     text = "a file of texts, one a line, which all words then continue; or .jsonl; - for standard input"
     add("-f", "--file", metavar="FILE", help=text)
-    add_model(parser.add_argument_group("model"))
+    group = parser.add_argument_group("model")
+    add_model(group)
+    text = "how texts are read: kernels of TPU and GPU (flash) or none; auto: flash where it can be had (default: auto)"
+    group.add_argument("--attn-implementation", choices=("auto", "eager", "flash"), default="auto", help=text)
     _add_perplexity(parser.add_argument_group("perplexity"))
     _add_output(parser.add_argument_group("output"))
 

@@ -108,6 +108,7 @@ def _scored(
             [ids for _, ids in some],
             top_logprobs=arguments.top_n or 0,
             batch_size=arguments.batch_size,
+            attn_implementation=arguments.attn_implementation,
         )
         terminal.status("")
         yield from scores

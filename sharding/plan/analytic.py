@@ -51,7 +51,7 @@ class Splits(Protocol):
     def mesh_axes(self, axis: Axis) -> tuple[str, ...]: ...
     def shards(self, axis: Axis) -> int: ...
     def parts(self, size: int, axis: str) -> int: ...
-    def tokens_travel(self, tokens: int, width: int) -> bool: ...
+    def tokens_travel(self, shape: tuple[int, ...], width: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def prefill(
     flops = layer_flops(config, splits, own, own * cache_length)
     flops += 2 * (batch / splits.parts(batch, "batch")) * config.vocab_size * config.embed_dim / splits.shards("vocab")
     memory = _serving(config, splits, batch, cache_length, width, cache_width)
-    hbm = used_bytes(config, splits, width, tokens) + _activation_traffic(config, splits, own, cache_length, width)
+    hbm = used_bytes(config, splits, width, (batch, length))
+    hbm += _activation_traffic(config, splits, own, cache_length, width)
     hbm += memory["cache"] * length / cache_length
     return Work(model, flops, hbm, memory, tokens)
 
@@ -174,7 +175,7 @@ def decoding(
     flops = layer_flops(config, splits, own, own * cache_length) + _projection_flops(config, own)
     flops += 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
     memory = _serving(config, splits, batch, cache_length, width, cache_width)
-    return Work(model, flops, used_bytes(config, splits, width, batch) + memory["cache"], memory, batch)
+    return Work(model, flops, used_bytes(config, splits, width, (batch,)) + memory["cache"], memory, batch)
 
 
 def offloaded(work: Work, config: OPTConfig, splits: Splits, *, width: int, from_disk: bool = False) -> Work:
@@ -222,12 +223,12 @@ def stored_bytes(config: OPTConfig, splits: Splits, width: int) -> int:
     return sum(share(w, splits, ()) * _copies(config, w) for w in declare(config)) * width
 
 
-def used_bytes(config: OPTConfig, splits: Splits, width: int, cached_tokens: int | None = None) -> int:
+def used_bytes(config: OPTConfig, splits: Splits, width: int, read: tuple[int, ...] | None = None) -> int:
     """Of the weights as a device multiplies with them, see `gathered_axes`. A table is looked up, not read, but for the
     one that is the head as well."""
-    read = (w for w in declare(config) if w.path != "embed_positions.weight")
-    gathered = gathered_axes(config, splits, cached_tokens)
-    return sum(share(w, splits, gathered) * _copies(config, w) for w in read) * width
+    weights = (w for w in declare(config) if w.path != "embed_positions.weight")
+    gathered = gathered_axes(config, splits, read)
+    return sum(share(w, splits, gathered) * _copies(config, w) for w in weights) * width
 
 
 def cache_width(config: OPTConfig, dtype: str) -> float:
@@ -246,10 +247,10 @@ def token_axes(splits: Splits) -> set[str]:
     return {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
 
 
-def gathered_axes(config: OPTConfig, splits: Splits, cached_tokens: int | None = None) -> set[str]:
+def gathered_axes(config: OPTConfig, splits: Splits, read: tuple[int, ...] | None = None) -> set[str]:
     """The mesh's axes over which weights are gathered to be used: those whose devices have other tokens; but none where
-    ``cached_tokens``, of a pass with a cache, are so few that it is they that travel."""
-    travel = cached_tokens is not None and splits.tokens_travel(cached_tokens, config.hidden_size)
+    the tokens ``[B, T]`` that are ``read``, in a pass with a cache, are so few that it is they that travel."""
+    travel = read is not None and splits.tokens_travel(read, config.hidden_size)
     return set() if travel else token_axes(splits)
 
 

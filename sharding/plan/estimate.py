@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from . import analytic
@@ -27,7 +25,7 @@ def memory(request: Request) -> float:
     least = max(work.least_memory for work in request.works().values())
     config, splits, o = request.config, request.splits, request.options
     width = analytic.WIDTHS[o["dtype"]]
-    read = o["batch"] * o["prompt"] if request.job == "generate" else None
+    read = (o["batch"], o["prompt"]) if request.job == "generate" else None
     layer = analytic.used_bytes(config, splits, width, read) / config.num_hidden_layers
     if request.job == "generate":
         tokens, keys, block = o["batch"] * o["prompt"], o["cache_length"], o["prompt"]
@@ -39,6 +37,8 @@ def memory(request: Request) -> float:
         layer *= 4  # with the next layer's, and gradients
     own = splits.parts(rows, "batch")
     d, f = config.hidden_size, config.ffn_dim
+    if read is not None and splits.tokens_travel(read, d):
+        own = tokens / splits.tokens_of_sharing(read)
     values = tokens / own * (4 * d + 4 * d / splits.shards("heads") + 2 * f / splits.shards("mlp")) * width
     heads = rows / own * config.num_attention_heads / splits.shards("heads")
     scores = 8 * heads * block * keys
@@ -50,7 +50,8 @@ def memory(request: Request) -> float:
 
 
 def _traffic(request: Request) -> float:
-    """Seconds that gathers of weights and exchanges of activations take, the slower of the two: they share no links."""
+    """Seconds that gathers of weights, or of the tokens that come to them, and sums of activations take, the slower of
+    the two: they share no links."""
     config, splits, o = request.config, request.splits, request.options
     width = analytic.WIDTHS[o["dtype"]]
     of_tokens = analytic.token_axes(splits)
@@ -60,11 +61,12 @@ def _traffic(request: Request) -> float:
     exchanged = 2 * config.num_hidden_layers * config.hidden_size * width  # a token's, in one pass over the layers
     if request.job == "generate":
         own = o["batch"] / splits.parts(o["batch"], "batch")
-        sharing = math.prod(request.mesh[name] for name in of_tokens & of_weights)
-        if splits.tokens_travel(o["batch"], config.hidden_size):  # see there
-            numbers = config.num_hidden_layers * config.hidden_size * (12 / splits.shards("heads") + 4 / sharing)
-            used = min(own * sharing, o["batch"]) * numbers * width
-        gathers = seconds("all-gather", used, _group(request, of_tokens & of_weights))
+        if splits.tokens_travel((o["batch"],), config.hidden_size):
+            numbers = splits.tokens_of_sharing((o["batch"],)) * splits.numbers_of_a_token(config.hidden_size)
+            sent = config.num_hidden_layers * numbers * width
+        else:
+            sent = used
+        gathers = seconds("all-gather", sent, _group(request, of_tokens & of_weights))
         return max(gathers, seconds("all-reduce", exchanged * own, _group(request, of_layers)))
     parts = o["micro_batches"]
     gathers = parts * 3 * seconds("all-gather", used, _group(request, of_tokens & of_weights))

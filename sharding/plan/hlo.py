@@ -13,6 +13,7 @@ _WIDTHS |= {f"{kind}{bits}": bits / 8 for kind in "suf" for bits in (1, 2, 4, 8,
 _WIDTHS |= {"c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*->.*)?\{\s*$")
+_END = re.compile(r"^\}(?:,|\s|$)")
 _NAME = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s+=\s+")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"\b(?:body|calls|true_computation|false_computation|to_apply)=%?([\w.\-]+)")
@@ -87,7 +88,7 @@ def parse(text: str) -> Module:
             if header and not line.startswith("HloModule"):
                 current = computations[header[2]] = Computation(header[2])
                 entry = header[2] if header[1] else entry
-            elif line.rstrip() == "}":
+            elif _END.match(line):
                 current = None
         elif current is not None:
             found = _instruction(line)
@@ -102,7 +103,7 @@ def _whole_lines(text: str) -> Iterator[str]:
     """The lines, with those of which an attribute holds line breaks put together: a kernel's metadata may be JSON."""
     whole: list[str] = []
     for line in text.splitlines():
-        if whole and whole[0][:1] in (" ", "\t") and line[:1] not in (" ", "\t") and line.rstrip() not in ("", "}"):
+        if whole and whole[0][:1] in (" ", "\t") and line[:1] not in (" ", "\t", "") and not _END.match(line):
             whole.append(line)
             continue
         yield from [" ".join(whole)] if whole else []

@@ -133,7 +133,7 @@ def promising(requests: list[Request]) -> list[Request]:
 
 def _meshes(topology: Topology, rules: Any, job: str) -> Iterator[dict[str, int]]:
     """All devices over the data; or, for the other rule sets, over tensor as far as it pays and the rest over fsdp; to
-    generate, over copies too, that gather no weights for a token."""
+    generate, over copies too, that send nothing to each other."""
     if rules == "data":
         yield dict.fromkeys(AXES, 1) | {"data": topology.devices}
         return

@@ -94,7 +94,8 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
 
     group = parser.add_argument_group("over which devices, and how (all of it may change on resume)")
     add = group.add_argument
-    add("--mesh", metavar="SPEC", help="such as fsdp=4,tensor=2; -1 is the rest (fsdp=-1, all devices; on one CPU one)")
+    text = "such as fsdp=4,tensor=2; -1 is the rest (one device; of several processes all, fsdp=-1)"
+    add("--mesh", metavar="SPEC", help=text)
     add("--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})")
     text = "to compute in, and of frozen weights; what is trained is float32; float16: with loss scaling (float32)"
     add("--dtype", choices=COMPUTE_DTYPES, default="float32", help=text)
@@ -112,9 +113,8 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
 
 
 def default_mesh() -> str | None:
-    """All devices; but None, one device, where they belong to a CPU that pretends to be several."""
-    accelerated = jax.default_backend() != "cpu"
-    return "fsdp=-1" if jax.device_count() > 1 and (accelerated or jax.process_count() > 1) else None
+    """None, one device; but all where there are several processes, which train one model."""
+    return "fsdp=-1" if jax.process_count() > 1 else None
 
 
 def add_log(parser: argparse.ArgumentParser) -> None:
