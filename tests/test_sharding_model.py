@@ -91,6 +91,19 @@ def test_language_model(name, rules):
         assert g8.sharding.is_equivalent_to(w8.sharding, g8.ndim), where
 
 
+@pytest.mark.parametrize("rules", ["fsdp", "fsdp+tensor"])
+def test_few_tokens_come_to_the_head_and_back(rules):
+    """So few that the head is not gathered for them; in a loss and its gradients, too."""
+    alone, spread = trees(OPTConfig(**SIZES | {"hidden_size": 64}), rules, stacked=False)
+    ids = data(alone.config)[0][:4, :2]
+    assert spread.placement.tokens_travel_to_head(ids.shape, 64, 64)
+    (expected, logits), grads = _loss_and_gradients(alone, ids, np.ones_like(ids))
+    (found, logits8), grads8 = _loss_and_gradients(spread, ids, np.ones_like(ids))
+    close(found, expected)
+    close(logits8, logits)
+    close(grads8["embed_tokens"]["weight"], grads["embed_tokens"]["weight"])
+
+
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_generated_ids(name, rules):
