@@ -39,7 +39,8 @@ _ROWS = {"batch": ("data", "fsdp"), "length": "sequence", "residual_length": "se
 RULES: dict[str, Rules] = {
     # Every device has all weights.
     "data": _REPLICATED | {"batch": ("data", "fsdp", "sequence", "tensor")},
-    # Every device keeps a part of each weight and gathers it where it is used (Rajbhandari et al. 2020, ZeRO stage 3).
+    # Every device keeps a part of each weight, and gathers it where it is used (Rajbhandari et al. 2020, ZeRO stage 3);
+    # or, to generate from few tokens, multiplies those of all with its part.
     "fsdp": _REPLICATED | _ROWS | _FULLY_SHARDED,
     # Every device computes a part of each layer (Shoeybi et al. 2019, Megatron-LM).
     "tensor": _REPLICATED | _ROWS | _TENSOR,
