@@ -17,7 +17,7 @@ from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
 from optjax.kernels.flash import Flash
 from optjax.lora.weight import AdaptedWeight, with_dropout
-from optjax.placed import Resident, cast, constrain, constrain_both, gather, platform, tokens_travel
+from optjax.placed import Resident, cast, constrain, constrain_both, gather, platform
 from optjax.quantization.product import FEW_ROWS, product
 from optjax.quantization.weight import QuantizedWeight
 
@@ -48,18 +48,18 @@ def decoder_layer(
     past,
     query_block: int | None = None,
     flash: Flash | None = None,
+    stay: bool = False,
 ):
     """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers.
 
     Computes in the dtype of ``x``, whatever that of the weights. With ``query_block`` attention goes over so many
-    queries at a time, with ``flash`` it is a kernel that needs no ``mask``; of both its weights are None.
+    queries at a time, with ``flash`` it is a kernel that needs no ``mask``; of both its weights are None. With ``stay``
+    the tokens come to the matrices; see `tokens_travel`.
     """
     attention_key, *dropout_keys, skip_key = (None,) * 4 if key is None else jax.random.split(key, 4)
     pre_norm = config.do_layer_norm_before
     # The fifth of `split`, which stays as it is where no adapter needs it.
     weights = with_dropout(weights, None if key is None else jax.random.fold_in(key, 4))
-    # With a cache there is hardly ever a backward pass, and there are often few tokens.
-    stay = past is not None and tokens_travel(placement, x.shape[:2], x.shape[2])
     weights = _as_used(config, placement, weights, x.dtype, stay)
 
     def residual(x, block, norm, dropout_key):

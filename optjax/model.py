@@ -200,8 +200,11 @@ def decoder(
     """`forward` without checks and without a jit of its own, for use inside compiled programs."""
     config, placement, cache = params.config, params.placement, inputs.cache
     params = with_outer_dropout(params, inputs.dropout_key)
+    # With a cache there is hardly ever a backward pass, and there are often few tokens.
+    tokens = (inputs.ids if inputs.embeds is None else inputs.embeds).shape[:2]
+    stay = cache is not None and tokens_travel(placement, tokens, config.hidden_size)
     with jax.named_scope("embed"):
-        x = embed(params, inputs)
+        x = embed(params, inputs, stay=stay)
     b, t = x.shape[:2]
     new_mask = jnp.ones((b, t), bool) if inputs.mask is None else jnp.asarray(inputs.mask)
     columns = jnp.arange(t, dtype=jnp.int32)
@@ -225,7 +228,8 @@ def decoder(
     def layer(x, weights, i, head_mask, buffers):
         key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, i)
         past = None if cache is None else (*buffers, cache.index, cache.layout)
-        y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past, block, flash)
+        kind: Any = {"query_block": block, "flash": flash, "stay": stay}
+        y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past, **kind)
         return y, (x if keep_hidden else None, attention if keep_attention else None, buffers)
 
     hidden: Any
@@ -252,7 +256,7 @@ def decoder(
         hidden, attentions, buffers = zip(*kept, strict=True)
 
     with jax.named_scope("final"):
-        x = finish(params, x, _weights_stay(params, inputs))
+        x = finish(params, x, stay)
     if cache is not None:
         keys, values = zip(*buffers, strict=True)
         lengths = cache.lengths + new_mask.sum(1, dtype=jnp.int32)
@@ -277,11 +281,10 @@ def with_outer_dropout(params: Params, key: jax.Array | None) -> Params:
     return dataclasses.replace(params, weights=outside | {"layers": layers})
 
 
-def embed(params: Params, inputs: Inputs, dtype: Any = None) -> jax.Array:
+def embed(params: Params, inputs: Inputs, dtype: Any = None, stay: bool = False) -> jax.Array:
     """Word embedding (projected in) plus position embedding: ``[B, T, D]``, in the params' dtype by default."""
     dtype = params.dtype if dtype is None else dtype
     axes = ("batch", "residual_length", None)
-    stay = _weights_stay(params, inputs)
     if inputs.embeds is None:
         x = _rows(params, "embed_tokens", dtype, inputs.ids, stay)
     else:
@@ -307,14 +310,9 @@ def finish(params: Params, x: jax.Array, stay: bool = False) -> jax.Array:
         x = layer_norm(x, gather(params.placement, norm, axes))
     if params.config.has_projections:
         x = linear(x, {"weight": _weight(params, "project_out", x.dtype, stay)}, placement=params.placement)
+        # Where it came out of a matrix in parts, before single tokens are taken from it.
         x = constrain(params.placement, x, "batch", "length", None) if stay else x
     return x
-
-
-def _weights_stay(params: Params, inputs: Inputs) -> bool:
-    """Whether the matrices stay where they are, and the tokens come to them; see `decoder_layer`."""
-    shape = (inputs.ids if inputs.embeds is None else inputs.embeds).shape[:2]
-    return inputs.cache is not None and tokens_travel(params.placement, shape, params.config.hidden_size)
 
 
 def _rows(params: Params, name: str, dtype: Any, index: jax.Array, stay: bool) -> jax.Array:
@@ -323,10 +321,8 @@ def _rows(params: Params, name: str, dtype: Any, index: jax.Array, stay: bool) -
     axes = logical_axes(params.config, params.head)[name]["weight"]
     if isinstance(table, QuantizedWeight):
         if placement is not None and stay:
-            rows = placement.from_table(table.rows(placement.to_table(index, axes), dtype), axes)
-        else:
-            rows = gather(placement, table, axes).rows(index, dtype)
-        return constrain(placement, rows, "batch", "length", None)
+            return placement.take_coded(table, axes, index, dtype)
+        return constrain(placement, gather(placement, table, axes).rows(index, dtype), "batch", "length", None)
     if placement is None:
         return table[index]
     return placement.take(table, axes, index, dtype, stay)

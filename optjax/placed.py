@@ -60,10 +60,6 @@ class Resident:
     weight: Any
     axes: Any
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
     def astype(self, dtype: Any) -> Resident:
         return dataclasses.replace(self, weight=self.weight.astype(dtype))
 

@@ -2,9 +2,10 @@
 
 from optjax.sharding.choose import choose_mesh
 from optjax.sharding.distributed import initialize
+from optjax.sharding.fitting import make_placement, meshes
 from optjax.sharding.mesh import AXES, format_mesh, make_mesh, parse_mesh
 from optjax.sharding.overlap import compile_overlapped, overlap_options
-from optjax.sharding.placement import Placement, make_placement, meshes
+from optjax.sharding.placement import Placement
 from optjax.sharding.rules import LOGICAL_AXES, RULES
 
 __all__ = [

@@ -82,6 +82,15 @@ def lookup_gathered(
     return _of_tokens(placement, table[index])
 
 
+def lookup_coded(table: Any, index: jax.Array, dtype: Any, placement: Placement, axes: tuple[Axis, ...]) -> jax.Array:
+    """`lookup` in a quantized table, which has no cotangent."""
+    ways = _ways(placement, axes, index.shape)
+    rows = table.rows(_constrain(placement, index, ways[0][:2]), dtype)
+    for way in ways:
+        rows = _constrain(placement, rows, way)
+    return rows
+
+
 def _forward_gathered(table, index, dtype, placement, axes):
     return lookup_gathered(table, index, dtype, placement, axes), (index, table)
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from optjax.config import OPTConfig
-from optjax.declaration import Axis, declare
-from optjax.sharding.lookup import lookup, lookup_gathered
-from optjax.sharding.mesh import AXES, format_mesh
-from optjax.sharding.rules import Rules, as_rules
+from optjax.declaration import Axis
+from optjax.sharding.mesh import format_mesh
+
+from .lookup import lookup, lookup_coded, lookup_gathered
 
 Axes = tuple[Axis, ...]
 
@@ -45,7 +44,7 @@ class Placement:
         split = {axis: tuple(name for name in names if sizes.get(name, 1) > 1) for axis, names in self.rules}
         return {None: (), **split}
 
-    @cached_property
+    @property
     def token_axes(self) -> frozenset[str]:
         """The mesh axes that split the tokens, whose devices all need a weight."""
         return frozenset({*self.mesh_axes("batch"), *self.mesh_axes("length")})
@@ -168,18 +167,7 @@ class Placement:
 
     def from_matrix(self, y: jax.Array, axes: Axes) -> jax.Array:
         """The product ``[B, out]`` or ``[B, T, out]`` as it comes out of the parts of a matrix."""
-        return self._from(y, axes, 0)
-
-    def to_table(self, index: jax.Array, axes: Axes) -> jax.Array:
-        """Tokens ``[B, T]`` as the devices that share a table ``[V, E]`` with these axes look them up."""
-        return self._lay(index, {name for names in self._split(axes) for name in names})
-
-    def from_table(self, rows: jax.Array, axes: Axes) -> jax.Array:
-        """Rows ``[B, T, E]`` as they come out of the parts of a table."""
-        return self._from(rows, axes, 1)
-
-    def _from(self, y: jax.Array, axes: Axes, dimension: int) -> jax.Array:
-        columns = self._split(axes)[dimension]
+        columns, _ = self._split(axes)
         exchanged = [name for name in columns if name in self.token_axes]
         y = self._lay(y, {name for names in self._split(axes) for name in names}, columns)
         for n in range(len(exchanged) - 1, 0, -1):
@@ -193,13 +181,12 @@ class Placement:
         """The mesh axes that split each dimension of a weight."""
         return [self.mesh_axes(axis) for axis in self._as_gathered_best(axes)]
 
-    def _lay(self, x: jax.Array, whole: Any, columns: Any = None, without: Any = ()) -> jax.Array:
-        """Tokens that some mesh axes do not split; and their ``columns`` split as said, without some."""
-        tokens = x.shape if columns is None else x.shape[:-1]
-        sizes = zip(tokens, ("batch", "length"), strict=False)
+    def _lay(self, x: jax.Array, whole: Any, columns: Any, without: Any = ()) -> jax.Array:
+        """Tokens that some mesh axes do not split; and their ``columns``, which are split as said, without some."""
+        sizes = zip(x.shape[:-1], ("batch", "length"), strict=False)
         split = [tuple(name for name in self.dividing(size, axis) if name not in whole) for size, axis in sizes]
-        last = [] if columns is None else [tuple(name for name in columns if name not in without)]
-        return jax.lax.with_sharding_constraint(x, self._named([*split, *last]))
+        last = tuple(name for name in columns if name not in without)
+        return jax.lax.with_sharding_constraint(x, self._named([*split, last]))
 
     def gather_as_fits(self, matrix: jax.Array, axes: Axes) -> jax.Array:
         """`gather` of a matrix that is split as `fitting` has it: one of an adapter."""
@@ -222,6 +209,10 @@ class Placement:
         # Where the TPU compiler exchanges rows, it starts the gathers of a layer's weights too late to overlap.
         rows = lookup_gathered if self.platform == "tpu" and not stay else lookup
         return rows(table, index, jnp.dtype(dtype), self, axes)
+
+    def take_coded(self, table: Any, axes: Axes, index: jax.Array, dtype: Any) -> jax.Array:
+        """The same of a quantized table that is not gathered."""
+        return lookup_coded(table, index, jnp.dtype(dtype), self, axes)
 
     def gathered(self, axes: Axes) -> NamedSharding:
         """The sharding of a weight as it is used: whole along the mesh axes that split the tokens."""
@@ -278,94 +269,3 @@ def _gather_backward(stored, gathered, _, cotangent):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
-
-
-def make_placement(
-    mesh: Mesh | None, rules: str | Rules | None, config: OPTConfig, head: str | None
-) -> Placement | None:
-    """A placement that fits every weight of a model; None where there is no mesh.
-
-    Raises:
-      ValueError: rules that make no sense (see `as_rules`), rules without a mesh, a weight of which one mesh axis
-        splits two dimensions, or a dimension that does not divide; the message names the weight and the meshes that
-        would work.
-    """
-    if mesh is None:
-        if rules is not None:
-            raise ValueError("rules say how weights are spread over a mesh: pass mesh= too")
-        return None
-    if not isinstance(mesh, Mesh):
-        raise ValueError(f"mesh should be a jax.sharding.Mesh such as make_mesh gives, not {type(mesh).__name__}")
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        # jax.make_mesh makes Explicit axes, under which a constraint is an assertion.
-        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    placement = Placement(mesh, as_rules(rules, mesh))
-    found = misfit(placement, config, head)
-    if found is not None:
-        raise ValueError(f"{found}; {_that_work(placement, config, head)}")
-    return placement
-
-
-def misfit(placement: Placement, config: OPTConfig, head: str | None) -> str | None:
-    """What is wrong with a placement for a model; None if nothing is."""
-    for weight in declare(config, head):
-        seen: dict[str, str | None] = {}
-        for size, axis in zip(weight.shape, weight.axes, strict=True):
-            parts = axis if isinstance(axis, tuple) else (axis,)
-            for part in parts:
-                for name in placement.mesh_axes(part):
-                    if name in seen:
-                        both = f"{seen[name]!r} and {part!r}"
-                        return f"{weight.path} {weight.shape}: mesh axis {name!r} splits both {both}"
-                    seen[name] = part
-            if "heads" in parts and config.num_attention_heads % placement.shards("heads"):
-                axis, size = "heads", config.num_attention_heads
-            if size % placement.shards(axis):
-                named = " and ".join(axis) if isinstance(axis, tuple) else axis
-                return f"{weight.path} {weight.shape}: {named} = {size} does not divide into {_named(placement, axis)}"
-    return None
-
-
-def _named(placement: Placement, axis: Axis) -> str:
-    return " × ".join(f"{name}={placement.mesh.shape[name]}" for name in placement.mesh_axes(axis))
-
-
-def _that_work(placement: Placement, config: OPTConfig, head: str | None) -> str:
-    """The meshes of as many devices that fit, in words."""
-    n, mesh = placement.mesh.size, placement.mesh
-    if tuple(mesh.axis_names) != tuple(AXES):
-        return "choose other sizes of the mesh, or None for that axis in the rules"
-    own = format_mesh(mesh)
-    used = {name for _, names in placement.rules for name in names}
-    if mesh.shape["sequence"] == 1:
-        used.discard("sequence")
-    fits = []
-    for sizes in meshes(n, tuple(name for name in AXES if name in used)):
-        other: Any = _Shape(sizes)
-        if format_mesh(sizes) != own and misfit(Placement(other, placement.rules), config, head) is None:
-            fits.append(format_mesh(sizes))
-    if not fits:
-        return f"no mesh of {n} devices fits these rules"
-    return f"meshes of {n} devices that work: {'; '.join(fits[:6])}{' …' if len(fits) > 6 else ''}"
-
-
-class _Shape:
-    """As much of a mesh as `misfit` looks at."""
-
-    def __init__(self, shape: dict[str, int]):
-        self.shape = shape
-
-
-def meshes(devices: int, axes: tuple[str, ...] = tuple(AXES)) -> list[dict[str, int]]:
-    """Every mesh of so many devices over some of the axes; the largest ``tensor`` first."""
-
-    def split(n: int, names: tuple[str, ...]) -> list[dict[str, int]]:
-        if not names:
-            return [{}] if n == 1 else []
-        found = []
-        for size in range(n, 0, -1):
-            if n % size == 0:
-                found += [{**rest, names[-1]: size} for rest in split(n // size, names[:-1])]
-        return found
-
-    return [{**dict.fromkeys(AXES, 1), **sizes} for sizes in split(devices, axes)]

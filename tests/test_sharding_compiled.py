@@ -35,7 +35,10 @@ def abstract(layers: int, rules: str, mesh: str, embed: int = D):
 
 def step(layers: int, rules: str = "tensor", mesh: str = "data=2,tensor=4", rows: int = B, embed: int = D) -> list:
     """The collectives of one decode step."""
-    params = abstract(layers, rules, mesh, embed)
+    return step_of(abstract(layers, rules, mesh, embed), rows)
+
+
+def step_of(params: optjax.Params, rows: int = B) -> list:
     placement = params.placement
     ids = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=placement.fitting((rows,), ("batch",)))
     cache = abstract_cache(params.config, placement, rows, S, "float32")
@@ -78,6 +81,14 @@ def test_to_decode_no_matrix_is_gathered(rules, mesh, rows):
     found = step(2, rules, mesh, rows, embed=32)
     assert max(c.bytes for c in found if c.kind == "all-gather") <= B * 128 * 4 < D * D // 2 * 4
     assert max(c.bytes for c in found) <= B * 256 * 4  # their logits
+
+
+def test_to_decode_no_codes_are_gathered():
+    found = step_of(optjax.quantize(abstract(2, "fsdp+tensor", "data=2,fsdp=2,tensor=2", embed=32), "int8"))
+    # Looked-up rows are summed over the parts of the vocabulary: 16 codes for each of a device's rows.
+    codes = [c for c in found if any(shape.startswith("s8") for shape in c.shapes)]
+    assert all(c.kind == "all-reduce" and c.bytes <= B // 2 * 16 for c in codes), codes
+    assert 0 < max(c.bytes for c in found if c.kind == "all-gather") <= B * 128 * 4
 
 
 def test_to_read_many_tokens_a_weight_is_gathered_once():

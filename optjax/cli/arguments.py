@@ -71,6 +71,11 @@ def add_model(group: Any) -> None:
     add("--no-compile-cache", dest="compile_cache", action="store_false", help=text)
 
 
+def add_attention(add: Any, what: str, default: str | None = "auto") -> None:
+    text = f"how {what} are read: kernels of TPU and GPU (flash) or none; auto: flash where it can be had"
+    add("--attn-implementation", choices=("auto", "eager", "flash"), default=default, help=f"{text} (default: auto)")
+
+
 def add_revision(add: Any) -> None:
     add("--revision", metavar="NAME", help="branch, tag or commit, where SOURCE is a hub id")
 

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from optjax.cli.arguments import add_model, check_offload, count, quantization, seed
+from optjax.cli.arguments import add_attention, add_model, check_offload, count, quantization, seed
 from optjax.cli.terminal import UsageError
 
 SUMMARY = "continue a prompt"
@@ -162,10 +162,7 @@ def _add_memory(group: Any) -> None:
     add("--cache-dtype", choices=("float32", "bfloat16", "float16", "int8"), help=text)
     text = "read prompts N tokens at a time: less memory for long ones (default: at once)"
     add("--prefill-chunk-size", type=count, metavar="N", help=text)
-    text = (
-        "how prompts are read: kernels of TPU and GPU (flash) or none; auto: flash where it can be had (default: auto)"
-    )
-    add("--attn-implementation", choices=("auto", "eager", "flash"), help=text)
+    add_attention(add, "prompts", default=None)
 
 
 def _add_output(group: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from optjax.cli.arguments import add_model, check_offload, count, quantization
+from optjax.cli.arguments import add_attention, add_model, check_offload, count, quantization
 from optjax.cli.terminal import UsageError
 
 SUMMARY = "how probable texts are, token by token"
@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--file", metavar="FILE", help=text)
     group = parser.add_argument_group("model")
     add_model(group)
-    text = "how texts are read: kernels of TPU and GPU (flash) or none; auto: flash where it can be had (default: auto)"
-    group.add_argument("--attn-implementation", choices=("auto", "eager", "flash"), default="auto", help=text)
+    add_attention(group.add_argument, "texts")
     _add_perplexity(parser.add_argument_group("perplexity"))
     _add_output(parser.add_argument_group("output"))
 

@@ -52,6 +52,8 @@ class Splits(Protocol):
     def shards(self, axis: Axis) -> int: ...
     def parts(self, size: int, axis: str) -> int: ...
     def tokens_travel(self, shape: tuple[int, ...], width: int) -> bool: ...
+    @property
+    def token_axes(self) -> frozenset[str]: ...
 
 
 @dataclass(frozen=True)
@@ -242,16 +244,11 @@ def cache_bytes(config: OPTConfig, splits: Splits, batch: int, length: int, widt
     return int(2 * config.num_hidden_layers * batch * length * config.hidden_size * width) // parts
 
 
-def token_axes(splits: Splits) -> set[str]:
-    """The mesh's axes whose devices have other tokens."""
-    return {*splits.mesh_axes("batch"), *splits.mesh_axes("length")}
-
-
-def gathered_axes(config: OPTConfig, splits: Splits, read: tuple[int, ...] | None = None) -> set[str]:
+def gathered_axes(config: OPTConfig, splits: Splits, read: tuple[int, ...] | None = None) -> frozenset[str]:
     """The mesh's axes over which weights are gathered to be used: those whose devices have other tokens; but none where
     the tokens ``[B, T]`` that are ``read``, in a pass with a cache, are so few that it is they that travel."""
     travel = read is not None and splits.tokens_travel(read, config.hidden_size)
-    return set() if travel else token_axes(splits)
+    return frozenset() if travel else splits.token_axes
 
 
 def share(weight: Weight, splits: Splits, gathered: Iterable[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 
 from . import analytic
@@ -54,7 +56,7 @@ def _traffic(request: Request) -> float:
     the two: they share no links."""
     config, splits, o = request.config, request.splits, request.options
     width = analytic.WIDTHS[o["dtype"]]
-    of_tokens = analytic.token_axes(splits)
+    of_tokens = splits.token_axes
     of_weights = {name for axis in ("model", "embed") for name in splits.mesh_axes(axis)}
     of_layers = {name for axis in ("heads", "mlp") for name in splits.mesh_axes(axis)}
     used = analytic.used_bytes(config, splits, width)
@@ -77,7 +79,7 @@ def _traffic(request: Request) -> float:
     return max(gathers, passes * seconds("all-reduce", exchanged * own, _group(request, of_layers)))
 
 
-def _group(request: Request, axes: set[str]) -> Links:
+def _group(request: Request, axes: Set[str]) -> Links:
     """The links of the devices that differ along some axes, were the mesh laid over the slice in its flat order."""
     shape = tuple(request.mesh.values())
     index = np.arange(int(np.prod(shape))).reshape(shape)

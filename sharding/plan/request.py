@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from typing import Any
 from optjax.config import OPTConfig
 from optjax.presets import BATCH_TOKENS, PRESETS
 from optjax.sharding.choose import choose_mesh
+from optjax.sharding.fitting import MeshShape, misfit, that_work
 from optjax.sharding.mesh import format_mesh, parse_mesh
-from optjax.sharding.placement import Placement, _that_work, misfit
+from optjax.sharding.placement import Placement
 from optjax.sharding.rules import DEFAULT_RULES, Rules, as_rules
 
 from . import analytic
@@ -49,7 +49,7 @@ class Request:
     @property
     def splits(self) -> Placement:
         """The placement, over a mesh that has a shape and no devices."""
-        mesh: Any = _Shape(self.mesh)
+        mesh: Any = MeshShape(self.mesh)
         return Placement(mesh, as_rules(self.rules, mesh))
 
     def works(self) -> dict[str, Work]:
@@ -94,22 +94,6 @@ class Request:
         return shlex.join(words)
 
 
-class _Shape(dict[str, int]):
-    """As much of a mesh as can be known without devices."""
-
-    @property
-    def shape(self) -> dict[str, int]:
-        return self
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.values())
-
-    @property
-    def axis_names(self) -> tuple[str, ...]:
-        return tuple(self)
-
-
 def make_request(
     size: str | OPTConfig,
     topology: str | Topology,
@@ -138,7 +122,7 @@ def make_request(
     request = Request(name, config, topology, job, sizes, DEFAULT_RULES if rules is None else rules, {})
     wrong = misfit(request.splits, config, "causal_lm")
     if wrong:
-        raise ValueError(f"{wrong}; {_that_work(request.splits, config, 'causal_lm')}")
+        raise ValueError(f"{wrong}; {that_work(request.splits, config, 'causal_lm')}")
     chosen = _checked(config, job, options)
     request.options.update(chosen)
     if chosen.get("micro_batches") == "auto":

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from optjax.config import OPTConfig
+from optjax.sharding.fitting import meshes
 from optjax.sharding.mesh import AXES
-from optjax.sharding.placement import meshes
 from optjax.sharding.rules import LOGICAL_AXES
 
 from .estimate import estimate, memory

@@ -33,10 +33,9 @@ def working_set(request: Request) -> dict[str, int]:
     rows = all_rows // splits.parts(all_rows, "batch")
     length, keys = (o["length"],) * 2 if trains else (o["prompt"], o["cache_length"])
     tokens = rows * length // splits.parts(length, "length")  # of attention and the feed-forward network
-    travel = not trains and splits.tokens_travel((all_rows, length), d)
     of_residual = rows * length // splits.parts(length, "residual_length")
 
-    found, gathered = {}, set() if travel else analytic.token_axes(splits)
+    found, gathered = {}, analytic.gathered_axes(config, splits, None if trains else (all_rows, length))
     weights = declare(config)
     of_layer = [weight for weight in weights if weight.per_layer]
     layer, kept = (sum(analytic.share(w, splits, axes) for w in of_layer) for axes in (gathered, ()))
@@ -47,7 +46,7 @@ def working_set(request: Request) -> dict[str, int]:
         found["a layer's gradient"] = layer * _FLOAT32
         found["the table and its gradient"] = table * (width + _FLOAT32)
     values = of_residual * _RESIDUAL * d + tokens * _AT_REGIONS * d
-    if travel:
+    if not trains and splits.tokens_travel((all_rows, length), d):
         # To each part of the weights come the tokens of all that share them: as input, as output of either network.
         values += splits.tokens_of_sharing((all_rows, length)) * max(d, f // splits.shards("mlp"))
     values += tokens * (_HEADS * d // splits.shards("heads") + _MLP * f // splits.shards("mlp"))
