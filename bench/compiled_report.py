@@ -11,15 +11,18 @@ from bench.compiled_worker import SLICES, Case
 # Of the core, Hz; the compiler counts in its cycles.
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 NAMES = {"optjax": "optjax", "flax": "FlaxOPT"}
-COLUMNS = ("", "bytes read, GB", "roofline, ms", "estimate, ms", "× roofline", "FlaxOPT / optjax", "temporaries, MB")
+COLUMNS = ("", "bytes read, GB", "roofline, ms", "estimate, ms", "× roofline", "× products")
+COLUMNS += ("FlaxOPT / optjax", "temporaries, MB")
 ABOUT = """\
 Nothing here was run: these are the compilers' own figures, for one chip, in bfloat16, with a cache of {context} columns
 that is full. *Bytes read*: weights and cache, each once, which is the least that a step can read. *Roofline*: the time
 that takes at the bandwidth of the data sheet. *Estimate*: the cycles that the TPU compiler reckons for each operation,
-summed, at the chip's clock. It is not calibrated: it has one plain product with a large matrix, which does nothing but
-read it, at 1.3-1.5 × the roofline on v5e, 1.6-1.8 × on v5p and 1.15-1.25 × on v6e. And copies into fast memory that run
-beside other operations count nothing: where it is below the roofline, the roofline holds. So it serves to compare
-programs. The GPU compiler estimates nothing. *Temporaries*: of the program with more layers.
+summed, at the chip's clock, with attention by the plain path. It is not calibrated: it has one plain product with a
+large matrix, which does nothing but read it, at 1.3-1.5 × the roofline on v5e, 1.6-1.8 × on v5p and 1.15-1.25 × on v6e.
+And copies into fast memory that run beside other operations count nothing: where it is below the roofline, the roofline
+holds. So it serves to compare programs. *Products*: beside the same estimate of a program which does no more than to
+multiply each matrix, and the keys and values of each row, by something, once. The GPU compiler estimates nothing.
+*Temporaries*: of the program with more layers.
 
 Of each case programs of 2 and 4 layers are compiled, and what the two more add is counted for all others. A star marks
 what does not fit on one chip.
@@ -33,8 +36,9 @@ def markdown(known: list[dict[str, Any]]) -> str:
     lines = ["# A decode step as the compilers see it", "", "    python -m bench.decode_compiled", ""]
     lines += [ABOUT.format(context=" or ".join(map(str, contexts)))]
     rows = {case: whole(case, found) for case in found if case.layers == 2 and replace(case, layers=4) in found}
+    shown = [case for case in rows if case.side != "products"]
     for chip in SLICES:
-        own = [case for case in rows if case.chip == chip]
+        own = [case for case in shown if case.chip == chip]
         if own:
             lines += [f"## {chip}", "", f"| {' | '.join(COLUMNS)} |", "|-" + "|-:" * (len(COLUMNS) - 1) + "|"]
             order = sorted(own, key=lambda c: (_number(c.size), c.batch, c.context, c.side != "optjax", str(c)))
@@ -98,6 +102,8 @@ def _row(case: Case, rows: dict[Case, dict[str, Any]]) -> list[str]:
         name += " *"
     least, estimate = least_seconds(case, figures), seconds(case, figures)
     ours = rows.get(replace(case, side="optjax"))
+    bare = rows.get(replace(case, side="products", quantization=None, cache_dtype=None))
+    products = None if bare is None or "error" in bare or also else seconds(case, bare)
     own = seconds(case, ours) if case.side == "flax" and ours and "error" not in ours else None
     return [
         name,
@@ -105,6 +111,7 @@ def _row(case: Case, rows: dict[Case, dict[str, Any]]) -> list[str]:
         f"{1e3 * least:.2f}",
         "" if estimate is None else f"{1e3 * estimate:.2f}",
         "" if estimate is None else f"{estimate / least:.2f}",
+        "" if products is None or estimate is None else f"{estimate / products:.2f}",
         "" if own is None or estimate is None else f"{estimate / own:.2f}",
         f"{figures['temporaries'] / 1e6:.1f}",
     ]

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 SLICES = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100:1"}
@@ -26,7 +27,7 @@ class Case:
     """A decode step: one more token for each row, over a cache of ``context`` columns, all of which are attended to.
 
     Attributes:
-      side: ``"optjax"`` or ``"flax"``.
+      side: ``"optjax"``, ``"flax"``, or ``"products"``: no model, but a plain product with each matrix and each cache.
       size: of `optjax.OPTConfig.preset`, without ``opt-``.
       chip: one of `SLICES`.
       batch, context: rows, and columns of the cache.
@@ -76,7 +77,7 @@ def look(case: Case) -> dict[str, Any]:
         max_position_embeddings=max(2048, case.context),
     )
     sharding = jax.NamedSharding(mesh, jax.P())
-    step, arguments, donated, groups = {"optjax": optjax_step, "flax": flax_step}[case.side](case, config, mesh)
+    step, arguments, donated, groups = SIDES[case.side](case, config, mesh)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=donated).lower(*placed)
@@ -97,7 +98,7 @@ def look(case: Case) -> dict[str, Any]:
     return found
 
 
-def optjax_step(case: Case, config: Any, mesh: Any) -> tuple[Any, tuple, int, dict[str, Any]]:
+def optjax_step(case: Case, config: Any, mesh: Any) -> tuple[Any, tuple, Any, dict[str, Any]]:
     """Function, arguments, which is donated, and what a step must read: weights and cache."""
     import jax
     import jax.numpy as jnp
@@ -112,10 +113,47 @@ def optjax_step(case: Case, config: Any, mesh: Any) -> tuple[Any, tuple, int, di
     cache = jax.eval_shape(lambda: optjax.init_cache(config, case.batch, case.context, kept, layout=layout))
     read = {name: each for name, each in params.weights.items() if name != "embed_positions"}
     ids = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-    return optjax.decode_step, (params, ids, cache), 2, {"weights": read, "cache": cache}
+    # By the plain path: of what a kernel takes the compiler has no estimate.
+    step = partial(optjax.decode_step, attn_implementation="eager")
+    return step, (params, ids, cache), 2, {"weights": read, "cache": cache}
 
 
-def flax_step(case: Case, config: Any, mesh: Any) -> tuple[Any, tuple, int, dict[str, Any]]:
+def products(case: Case, config: Any, mesh: Any) -> tuple[Any, tuple, Any, dict[str, Any]]:
+    """One plain product with each matrix, and with each row's keys and values, of shapes as a decode step has them.
+
+    No norms, biases or softmax, and no product waits for another: what reading all that costs at least, by the same
+    estimate.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import optjax
+
+    params = optjax.abstract_params(config, case.dtype, mesh=mesh)
+    cache = jax.eval_shape(lambda: optjax.init_cache(config, case.batch, case.context, case.dtype, layout="flat"))
+    read = {name: each for name, each in params.weights.items() if name != "embed_positions"}
+    matrices = [leaf for leaf in jax.tree.leaves(read) if len(leaf.shape) == 2]
+    rows = max(case.batch, 8)  # a product with one row would not be on the matrix unit
+
+    def some(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, case.dtype)
+
+    tokens = [some(rows, matrix.shape[1]) for matrix in matrices]
+    heads, width = config.num_attention_heads, config.hidden_size
+    queries = [some(case.batch, width, heads) for _ in cache.keys]
+    weights = [some(case.batch, heads, case.context) for _ in cache.keys]
+
+    def multiply(matrices, keys, values, tokens, queries, weights):
+        projected = [jnp.einsum("ri,oi->ro", x, matrix) for x, matrix in zip(tokens, matrices, strict=True)]
+        scores = [jnp.einsum("bsd,bdh->bhs", k, q) for k, q in zip(keys, queries, strict=True)]
+        sums = [jnp.einsum("bhs,bsd->bhd", w, v) for w, v in zip(weights, values, strict=True)]
+        return projected, scores, sums
+
+    arguments = matrices, cache.keys, cache.values, tokens, queries, weights
+    return multiply, arguments, (), {"weights": matrices, "cache": [cache.keys, cache.values]}
+
+
+def flax_step(case: Case, config: Any, mesh: Any) -> tuple[Any, tuple, Any, dict[str, Any]]:
     """The body of FlaxOPT's generate, without the choice of a token: its model over a cache and a static mask."""
     import jax
     import jax.numpy as jnp
@@ -143,6 +181,9 @@ def flax_step(case: Case, config: Any, mesh: Any) -> tuple[Any, tuple, int, dict
     decoder = params["model"]["decoder"]
     read = {name: each for name, each in decoder.items() if name != "embed_positions"}
     return step, arguments, 4, {"weights": read, "cache": cache}
+
+
+SIDES = {"optjax": optjax_step, "flax": flax_step, "products": products}
 
 
 def nbytes(tree: Any) -> int:

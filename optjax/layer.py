@@ -15,7 +15,7 @@ from optjax.attention_blocks import attend_all_keys_in_blocks, attend_in_blocks
 from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
-from optjax.kernels.flash import Flash
+from optjax.kernels.flash import Decode, Flash
 from optjax.lora.weight import AdaptedWeight, with_dropout
 from optjax.placed import Resident, cast, constrain, constrain_both, gather, platform
 from optjax.quantization.product import FEW_ROWS, product
@@ -47,7 +47,7 @@ def decoder_layer(
     key,
     past,
     query_block: int | None = None,
-    flash: Flash | None = None,
+    flash: Flash | Decode | None = None,
     stay: bool = False,
 ):
     """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers.
@@ -120,7 +120,16 @@ def _name(weight: jax.Array) -> jax.Array:
 
 
 def _self_attention(
-    config: OPTConfig, placement: Any, weights, x, mask, head_mask, dropout_key, past, query_block, flash: Flash | None
+    config: OPTConfig,
+    placement: Any,
+    weights,
+    x,
+    mask,
+    head_mask,
+    dropout_key,
+    past,
+    query_block,
+    flash: Flash | Decode | None,
 ):
     b, t, d = x.shape
     heads = (b, t, config.num_attention_heads, config.head_dim)
@@ -137,13 +146,15 @@ def _self_attention(
     if past is not None:
         k_buffer, v_buffer, index, layout = past
         buffers = write_columns(k_buffer, k, index, layout), write_columns(v_buffer, v, index, layout)
-    if past is None or (flash is not None and flash.own_keys):
+    if past is None or (isinstance(flash, Flash) and flash.own_keys):
         k, v = (constrain(placement, y.swapaxes(1, 2), "batch", "heads", None, None) for y in (k, v))
     elif buffers is not None:
         k, v = buffers
     options: dict[str, Any] = dict(head_mask=head_mask, dropout=config.attention_dropout, dropout_key=dropout_key)
     options["on_cpu"] = platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
-    if flash is not None:
+    if isinstance(flash, Decode):
+        out, attention = flash(q, k, v), None
+    elif flash is not None:
         attention = None
         if layout == "flat" and not flash.own_keys:
             k, v = (by_heads(y, config.num_attention_heads) for y in (k, v))

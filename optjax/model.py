@@ -16,8 +16,8 @@ from optjax.attention import causal_mask
 from optjax.attention_blocks import block_of_queries
 from optjax.cache import Cache, write_mask
 from optjax.declaration import logical_axes
-from optjax.kernels.choice import rounded_cache, settle, spread_by_hand
-from optjax.kernels.flash import Flash
+from optjax.kernels.choice import columns_of_step, rounded_cache, settle, spread_by_hand
+from optjax.kernels.flash import Decode, Flash
 from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.lora.weight import with_dropout
 from optjax.offloading import bring
@@ -165,7 +165,9 @@ def with_attention(params: Params, inputs: Inputs, name: str, output_attentions:
 
 def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str:
     """The kind of attention of a pass, as `settle` says."""
-    odd = None
+    tokens, cache = inputs.ids if inputs.ids is not None else inputs.embeds, inputs.cache
+    columns = None if cache is None or inputs.no_past else columns_of_step(cache, tokens.shape[1])
+    odd = for_few = None
     if output_attentions:
         odd = "it gives no attention weights, and output_attentions asks for them"
     elif inputs.head_mask is not None:
@@ -173,10 +175,9 @@ def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str
     elif inputs.dropout_key is not None and params.config.attention_dropout > 0:
         odd = f"it has no dropout, and attention_dropout is {params.config.attention_dropout}"
     elif inputs.visible is not None:
-        odd = "each token attends to columns of its own"
-    elif inputs.cache is not None:
-        odd = rounded_cache(inputs.cache.dtype)
-    tokens, cache = inputs.ids if inputs.ids is not None else inputs.embeds, inputs.cache
+        for_few = "each token attends to columns of its own"
+    elif cache is not None:
+        for_few = rounded_cache(cache.dtype)
     return settle(
         inputs.attn_implementation,
         params.config,
@@ -185,7 +186,9 @@ def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str
         tokens.shape[:2],
         has_past=cache is not None and not inputs.no_past,
         one_column=cache is None or jnp.ndim(cache.index) == 0,
+        columns=columns,
         odd=odd,
+        for_few=for_few,
     )
 
 
@@ -217,7 +220,10 @@ def decoder(
             mask = inputs.visible[:, None]
     keep_hidden, keep_attention = output_hidden_states, output_attentions
     block = flash = None
-    if attention_of(params, inputs, keep_attention) == "flash":
+    kind = attention_of(params, inputs, keep_attention)
+    if kind == "decode":
+        flash = Decode(placement, mask[:, 0])
+    elif kind == "flash":
         if cache is None or inputs.no_past:
             flash = Flash(placement, None if inputs.mask is None else new_mask)
         else:

@@ -21,25 +21,34 @@ SEARCHES = {"beams": dict(num_beams=4), "contrastive": dict(penalty_alpha=0.6, t
 pytestmark = pytest.mark.tpu_compiler
 
 
+kinds = pytest.mark.parametrize("kind", ["eager", "auto"])
+
+
 @pytest.fixture(scope="module")
 def programs() -> dict:
     return ask(__file__)
 
 
-def test_a_step_has_no_temporary_of_the_caches_size(programs):
-    assert programs["flat"]["temporary"] < 0.1 * ROWS * COLUMNS * D * 2
+@pytest.mark.parametrize("program", ["flat", "flat by a kernel"])
+def test_a_step_has_no_temporary_of_the_caches_size(programs, program):
+    assert programs[program]["temporary"] < 0.1 * ROWS * COLUMNS * D * 2
+    assert programs[program]["kernels"] == (LAYERS if program.endswith("kernel") else 0)
 
 
-def test_the_cache_is_never_copied(programs):
+@kinds
+def test_the_cache_is_never_copied(programs, kind):
     """In the step, and in the body of generate's loop; moving a buffer into fast memory is no copy."""
-    assert programs["flat"]["copies"] == 0
-    assert programs["loop"]["copies"] == 0
+    assert programs["flat" if kind == "eager" else "flat by a kernel"]["copies"] == 0
+    assert programs[f"loop {kind}"]["copies"] == 0
+    assert programs[f"loop {kind}"]["kernels"] == (0 if kind == "eager" else LAYERS)
 
 
+@kinds
 @pytest.mark.parametrize("search", SEARCHES)
-def test_no_search_copies_the_cache(programs, search):
+def test_no_search_copies_the_cache(programs, search, kind):
     """Beams and candidates are queries of one row, and the flat keys serve them where they lie."""
-    assert programs[search]["copies"] == 0
+    assert programs[f"{search} {kind}"]["copies"] == 0
+    assert programs[f"{search} {kind}"]["kernels"] == (0 if kind == "eager" else LAYERS)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
@@ -72,7 +81,7 @@ def test_one_row_goes_to_the_matrix_unit(programs):
 
 def test_the_best_score_stays_float32(programs):
     """An argmax whose maximum nobody reads is declared bfloat16 by the compiler: see generation/draw.py."""
-    assert programs["loop"]["bfloat16 maxima"] == 0
+    assert programs["loop auto"]["bfloat16 maxima"] == 0
 
 
 def report(compiled, body_of_loop: bool = False) -> dict:
@@ -93,6 +102,7 @@ def report(compiled, body_of_loop: bool = False) -> dict:
         "aliased": memory.alias_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "copies": sum(re.search(r"\b(copy|transpose)\(", line) is not None for line in lines),
+        "kernels": sum("tpu_custom_call" in line and "decode_attention" in line for line in part.splitlines()),
         "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
         "bfloat16 maxima": len(re.findall(rf"= \(bf16\[{ROWS}\]\S* s32\[{ROWS}\]\S*\) (?:reduce|fusion)\(", text)),
     }
@@ -127,20 +137,19 @@ def main() -> None:
     for layout in ("heads", "flat"):
         empty = jax.eval_shape(lambda: optjax.init_cache(config, ROWS, COLUMNS, jnp.bfloat16, layout=layout))  # noqa: B023
         ids = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=there)
-        found[layout] = report(_decode_step.lower(params, ids, place(empty)).compile())
+        found[layout] = report(_decode_step.lower(params, ids, place(empty), "eager").compile())
+    found["flat by a kernel"] = report(_decode_step.lower(params, ids, place(empty)).compile())
     one = jax.eval_shape(lambda: optjax.init_cache(config, 1, COLUMNS, jnp.bfloat16, layout="flat"))
     ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=there)
-    found["one row"] = report(_decode_step.lower(params, ids, place(one)).compile())
+    found["one row"] = report(_decode_step.lower(params, ids, place(one), "eager").compile())
     prompt = [jax.ShapeDtypeStruct((ROWS, 64), dtype, sharding=there) for dtype in (jnp.int32, jnp.bool_)]
-    settings, number = place(as_settings(config, {})), jax.ShapeDtypeStruct((), jnp.int32, sharding=there)
-    loop = run_generate.lower(params, *prompt, settings, None, number, room=COLUMNS - 64).compile()
-    found["loop"] = report(loop, body_of_loop=True)
-    for name, options in SEARCHES.items():
-        settings = as_settings(config, options)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=there)
+    for (name, options), kind in itertools.product(({"loop": {}} | SEARCHES).items(), ("eager", "auto")):
+        settings = as_settings(config, options | {"attn_implementation": kind})
         run = run_generate if settings.beams is None else run_beams
-        columns = (COLUMNS - 64) // 4 if settings.beams else COLUMNS - 64 - 4
+        columns = (COLUMNS - 64) // 4 if settings.beams else COLUMNS - 64 - (4 if settings.contrastive else 0)
         loop = run.lower(params, *prompt, place(settings), None, number, room=columns).compile()
-        found[name] = report(loop, body_of_loop=True)
+        found[f"{name} {kind}"] = report(loop, body_of_loop=True)
     for name, dtype in itertools.product(("v5e:1x1", "h100:1"), ("bfloat16", "int8")):
         if name == "h100:1" and importlib.util.find_spec("jax_cuda12_plugin") is None:
             continue
@@ -151,7 +160,7 @@ def main() -> None:
         ids = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=there)
         params = optjax.abstract_params(config, jnp.bfloat16, mesh=mesh)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((empty.keys, empty.values)))
-        compiled = _decode_step.lower(params, ids, place(empty)).compile()
+        compiled = _decode_step.lower(params, ids, place(empty), "eager").compile()
         found[f"{name.split(':')[0]} {dtype}"] = report(compiled) | {"cache": size}
     print(json.dumps(found))
 

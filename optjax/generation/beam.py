@@ -104,7 +104,7 @@ def run_beams(
         return (state.history.new < max_new_tokens) & is_open.any()
 
     def body(state: BeamState) -> BeamState:
-        logits, cache = beam_logits(params, state)
+        logits, cache = beam_logits(params, state, settings.attention_of_steps)
         return choose(settings, key, dataclasses.replace(state, cache=cache), logits, max_new_tokens)
 
     state = jax.lax.while_loop(more, body, state)
@@ -138,35 +138,37 @@ def start_beams(params: Params, ids, mask, settings: Settings, room: int) -> tup
     return BeamState(cache, history, running, (group,) * beams.groups, scores), logits
 
 
-def beam_logits(params: Params, state: BeamState) -> tuple[jax.Array, Cache]:
+def beam_logits(params: Params, state: BeamState, attn_implementation: str) -> tuple[jax.Array, Cache]:
     """The next token's logits ``[B · n, V]`` of every beam, whose last token is written to the cache."""
     running, history = state.running, state.history
     b, n, room = running.tokens.shape
-    last = history.new - 1
+    last, prompt = history.new - 1, history.tokens.shape[1] - room
     with jax.named_scope("decode"):
         inputs = Inputs(
             ids=jax.lax.dynamic_index_in_dim(running.tokens, last, axis=2, keepdims=False),
             position_ids=(history.count - history.first - 1).reshape(b, n),
-            visible=_visible(state.cache.mask[:, : -n * room], running.slots, last),
+            visible=_visible(state.cache.mask, prompt, running.slots, last),
             cache=state.cache,
+            attn_implementation=attn_implementation,
         )
         out = decoder(params, inputs)
         assert out.cache is not None  # the decoder returns one where it was given one
         return lm_logits(params, out.last_hidden_state).reshape(b * n, -1), out.cache
 
 
-def _visible(prompt: jax.Array, slots: jax.Array, last: jax.Array) -> jax.Array:
+def _visible(mask: jax.Array, prompt: int, slots: jax.Array, last: jax.Array) -> jax.Array:
     """The columns ``[B, n, S]`` that each beam attends to, by the places of its tokens, of which the last is written.
 
-    Of the columns after the prompt's, whose mask ``[B, T]`` is ``prompt``, the one at ``step * n + place`` holds the
-    token of that step that stood at that place; where it stood is what the next token was added to.
+    Of the columns after those of the prompt, by the cache's ``mask``, the one at ``step * n + place`` holds the token
+    of that step that stood at that place; where it stood is what the next token was added to. None are beyond.
     """
     b, n, room = slots.shape
     place, step = jnp.arange(n), jnp.arange(room)
     held = jnp.where(step == last, place[:, None], jnp.roll(slots, -1, axis=2))
     own = (held[..., None] == place) & (step <= last)[:, None]
-    prompt = jnp.broadcast_to(prompt[:, None], (b, n, prompt.shape[1]))
-    return jnp.concatenate([prompt, own.reshape(b, n, room * n)], axis=2)
+    of_prompt = jnp.broadcast_to(mask[:, None, :prompt], (b, n, prompt))
+    beyond = jnp.zeros((b, n, mask.shape[1] - prompt - room * n), bool)
+    return jnp.concatenate([of_prompt, own.reshape(b, n, room * n), beyond], axis=2)
 
 
 def choose(settings: Settings, key, state: BeamState, logits: jax.Array, longest: jax.Array) -> BeamState:

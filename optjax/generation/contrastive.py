@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,13 @@ def new_context(hidden: jax.Array, room: int) -> jax.Array:
 
 
 def look_ahead(
-    params: Params, search: Contrastive, cache: Cache, history: History, context: jax.Array, scores: jax.Array
+    params: Params,
+    search: Contrastive,
+    cache: Cache,
+    history: History,
+    context: jax.Array,
+    scores: jax.Array,
+    attn_implementation: str,
 ) -> tuple[jax.Array, Cache, Ahead]:
     """The next token ``[B]`` by processed scores ``[B, V]``, the cache with it, and what comes after it."""
     probability, ids = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), search.candidates)
@@ -49,7 +56,8 @@ def look_ahead(
     position = jnp.broadcast_to((history.count - history.first)[:, None], (b, k))
     visible = _visible(cache, k)
     with jax.named_scope("decode"):
-        out = decoder(params, Inputs(ids=ids, position_ids=position, visible=visible, cache=cache))
+        how: Any = {"visible": visible, "cache": cache, "attn_implementation": attn_implementation}
+        out = decoder(params, Inputs(ids=ids, position_ids=position, **how))
     assert out.cache is not None  # the decoder returns one where it was given one
     hidden = out.last_hidden_state
     likeness = jnp.einsum("bke,bse->bks", _directions(hidden), context, preferred_element_type=jnp.float32)

@@ -106,14 +106,19 @@ def _check_after(params: Params, prefix: Any, ids: Any, mask: Any) -> None:
         )
 
 
-def decode_step(params: Params, ids: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+def decode_step(
+    params: Params, ids: Any, cache: Cache, *, attn_implementation: str = "auto"
+) -> tuple[jax.Array, Cache]:
     """One more token ``[B]`` for each row: the next token's logits ``[B, V]`` in float32, and the cache.
 
     The cache given is donated: use the one that comes back. Nothing but shapes is checked, so that a loop does not
     wait for the device at each step: keep within the cache's max_length and the model's max_position_embeddings.
 
+    Args:
+      attn_implementation: ``"eager"``, ``"flash"`` or ``"auto"``, as of `forward`.
+
     Raises:
-      ValueError: ids or cache of the wrong shape or type.
+      ValueError: ids or cache of the wrong shape or type; ``attn_implementation="flash"`` where it cannot be had.
     """
     check_params(params, ("causal_lm",))
     ids = as_array(ids, "ids")
@@ -123,7 +128,8 @@ def decode_step(params: Params, ids: Any, cache: Cache) -> tuple[jax.Array, Cach
         raise ValueError(f"ids should be integers of shape {(cache.batch_size,)}, got {ids.dtype} {ids.shape}")
     if not isinstance(ids, jax.Array):
         check_range(ids, 0, params.config.vocab_size, "ids", "the vocabulary")
-    return _decode_step(params, ids.astype(jnp.int32), cache)
+    kind = attention_kind(params, ids.shape[0], 1, cache=cache, attn_implementation=attn_implementation)
+    return _decode_step(params, ids.astype(jnp.int32), cache, kind)
 
 
 @partial(jax.jit, donate_argnames="cache", static_argnames=("chunk_size", "kind", "no_past"))
@@ -157,14 +163,16 @@ def _logits_after(
     return lm_logits(params, last), cache
 
 
-@partial(jax.jit, donate_argnames="cache")
-def _decode_step(params: Params, ids, cache: Cache) -> tuple[jax.Array, Cache]:
-    return next_logits(params, ids, None, cache)
+@partial(jax.jit, donate_argnames="cache", static_argnames="kind")
+def _decode_step(params: Params, ids, cache: Cache, kind: str = "auto") -> tuple[jax.Array, Cache]:
+    return next_logits(params, ids, None, cache, kind)
 
 
-def next_logits(params: Params, ids: jax.Array, active: jax.Array | None, cache: Cache) -> tuple[jax.Array, Cache]:
+def next_logits(
+    params: Params, ids: jax.Array, active: jax.Array | None, cache: Cache, attn_implementation: str
+) -> tuple[jax.Array, Cache]:
     """`decode_step` for use inside compiled programs; a row that is not ``active`` ``[B]`` takes no position."""
     mask = None if active is None else active[:, None]
-    out = decoder(params, Inputs(ids=ids[:, None], mask=mask, cache=cache))
+    out = decoder(params, Inputs(ids=ids[:, None], mask=mask, cache=cache, attn_implementation=attn_implementation))
     assert out.cache is not None  # the decoder returns one where it was given one
     return lm_logits(params, out.last_hidden_state[:, 0]), out.cache

@@ -159,7 +159,7 @@ def advance(params: Params, settings: Settings, key, state: State) -> State:
         return _choose(params, settings, key, state.cache, state.history, state.done, state.ahead.logits, state.ahead)
     with jax.named_scope("decode"):
         token, active = (twice(settings.guidance, x) for x in (state.choice.token, ~state.done))
-        logits, cache = next_logits(params, token, active, state.cache)
+        logits, cache = next_logits(params, token, active, state.cache, settings.attention_of_steps)
     return _choose(params, settings, key, cache, state.history, state.done, logits)
 
 
@@ -174,7 +174,8 @@ def _choose(
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, history.new)))(rows)
             token = draw(keys, scores)
         elif settings.contrastive is not None and ahead is not None:
-            token, cache, ahead = look_ahead(params, settings.contrastive, cache, history, ahead.context, scores)
+            how = settings.contrastive, cache, history, ahead.context, scores, settings.attention_of_steps
+            token, cache, ahead = look_ahead(params, *how)
         else:
             token = most_probable(scores)
         token = jnp.where(done, settings.pad_id, token)

@@ -86,6 +86,7 @@ class Options(TypedDict, total=False):
         ``ids`` are what follows it. Score processors and stop strings see it as part of the prompts, and an
         assistant_model, which has not read it, reads it with them; a negative prompt stands alone.
       attn_implementation: how prompts are read: ``"eager"``, ``"flash"`` or ``"auto"`` (the default), as of `forward`.
+        Later tokens are with ``"eager"``, too, and as ``"auto"`` has it else.
       penalty_alpha: contrastive search (Su et al. 2022): of the top_k most probable tokens, 2 at least, the one with
         the most of (1 - penalty_alpha) × its probability - penalty_alpha × its likeness to what the row holds. 0 is
         off.

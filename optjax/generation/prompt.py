@@ -9,13 +9,14 @@ from optjax.cache import Cache, init_cache
 from optjax.generation.chunks import read
 from optjax.generation.prefix import continued
 from optjax.generation.settings import Settings
+from optjax.kernels.choice import good_columns
 from optjax.params import Params
 
 
 def read_prompts(
     params: Params, settings: Settings, ids: jax.Array, mask: jax.Array, room: int, keep: bool = False
 ) -> tuple[jax.Array, Cache]:
-    """Reads prompts ``[B, T]`` whose real tokens stand at the right end; ``room`` columns are left in the cache.
+    """Reads prompts ``[B, T]`` whose real tokens stand at the right end, with ``room`` columns or more for others.
 
     Returns the last hidden states ``[B, T, E]``, or at least the last of them, ``[B, 1, E]``, unless all are to be
     kept; and the cache, in whose first columns the prefix stands, if there is one. Of the rows that guidance adds to
@@ -23,6 +24,8 @@ def read_prompts(
     """
     b, t = ids.shape
     prefix = settings.prefix
+    filled = t + (0 if prefix is None else prefix.columns)
+    room = good_columns(params.placement, filled + room) - filled
     if prefix is None:
         cache = init_cache(params, b, t + room, settings.cache_dtype)
     else:

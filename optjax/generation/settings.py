@@ -128,6 +128,11 @@ class Settings:
     attn_implementation: str = "auto"
 
     @property
+    def attention_of_steps(self) -> str:
+        """``attn_implementation`` of all passes after the prompts: a kernel asked for is taken where there is one."""
+        return "eager" if self.attn_implementation == "eager" else "auto"
+
+    @property
     def candidates(self) -> int:
         """Of beam search: the continuations of each beam that are looked at, so that one may go on, whichever end."""
         return max(2, 1 + len(self.eos_ids))

@@ -132,7 +132,7 @@ def advance_round(params: Params, settings: Settings, key, max_new_tokens, state
         state = dataclasses.replace(state, draft_cache=draft_cache)
     with jax.named_scope("verify"):
         window = jnp.concatenate([state.last[:, None], guesses], axis=1)
-        logits, cache = _pass(params, window, ~state.done, at(state.cache, state, 1))
+        logits, cache = _pass(params, settings, window, ~state.done, at(state.cache, state, 1))
         state = dataclasses.replace(state, cache=cache, passes=state.passes + 1)
     with jax.named_scope("accept"):
         history = _with_guesses(state, guesses)
@@ -158,10 +158,12 @@ def _prompt(history: History) -> tuple[jax.Array, jax.Array]:
     return t, t - history.first
 
 
-def _pass(params: Params, ids: jax.Array, active: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def _pass(
+    params: Params, settings: Settings, ids: jax.Array, active: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
     """Logits ``[B, T, V]`` of ids ``[B, T]``."""
     mask = jnp.broadcast_to(active[:, None], ids.shape)
-    out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache))
+    out = decoder(params, Inputs(ids=ids, mask=mask, cache=cache, attn_implementation=settings.attention_of_steps))
     assert out.cache is not None
     return lm_logits(params, out.last_hidden_state), out.cache
 
@@ -194,12 +196,12 @@ def _draft(settings: Settings, state: Progress, keys: Any):
     # The last two tokens: if all guesses stood, the last guess is not in the cache yet.
     before = jnp.take_along_axis(state.history.tokens, (t + state.new - 2)[:, None], axis=1)
     window = jnp.concatenate([before, state.last[:, None]], axis=1)
-    logits, cache = _pass(assistant, window, active, at(state.draft_cache, state, 2))
+    logits, cache = _pass(assistant, settings, window, active, at(state.draft_cache, state, 2))
     history, token, q = choose(state.history, logits[:, -1], jnp.int32(0))
 
     def step(carry, i):
         history, cache, token = carry
-        logits, cache = _pass(assistant, token[:, None], active, cache)
+        logits, cache = _pass(assistant, settings, token[:, None], active, cache)
         history, token, q = choose(history, logits[:, -1], i)
         return (history, cache, token), (token, q)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from optjax.attention import FEW_QUERIES
 from optjax.cache import Cache
 from optjax.config import OPTConfig
 from optjax.params import Params
@@ -22,6 +23,10 @@ IMPLEMENTATIONS = ("auto", "eager", "flash")
 
 # Scores of fewer queries are smaller than the queries, keys and values they are made of.
 MANY_QUERIES = 256
+
+# Over a cache of fewer columns a kernel saves less than it takes to start. It takes this many at a time, or a multiple.
+MANY_COLUMNS = 512
+LANES = 128
 
 # What the kernels take; the plain path takes anything.
 _DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
@@ -50,11 +55,12 @@ def attention_kind(
     """What attention of a pass will be: ``"flash"`` or ``"eager"``; nothing is compiled or run.
 
     ``"auto"``, the default but for training, is ``"flash"`` on TPU and GPU for 256 queries of a row and more, where the
-    kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32). It is never so
-    on CPU.
+    kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32). On TPU it is so
+    for up to 8 queries of a row, too, over a cache of 512 columns and more, as in a step of decoding: that kernel reads
+    the columns that a row has, no more. It is never so on CPU.
 
     Args:
-      queries: T, the tokens of a row in this pass: those of a prompt, or of a record to train on.
+      queries: T, the tokens of a row in this pass: those of a prompt, or of a record to train on; 1 of a step.
       cache: one that has a past, or True in its place: a prompt is read on. (Into an empty one a prompt is read as if
         there were none.)
       cache_dtype: of an empty cache that is read into; see `init_cache`. One that has a past says it itself.
@@ -65,7 +71,10 @@ def attention_kind(
     has_past = cache is not None and cache is not False
     one_column = not isinstance(cache, Cache) or cache.index.ndim == 0
     dtype = cache.dtype if isinstance(cache, Cache) else cache_dtype
-    return settle(
+    columns = MANY_COLUMNS if has_past and queries <= FEW_QUERIES else None
+    if isinstance(cache, Cache):
+        columns = columns_of_step(cache, queries)
+    kind = settle(
         attn_implementation,
         params.config,
         params.placement,
@@ -73,9 +82,16 @@ def attention_kind(
         (batch_size, queries),
         has_past=has_past,
         one_column=one_column,
-        odd=rounded_cache(dtype),
+        columns=columns,
+        for_few=rounded_cache(dtype),
         by_hand=spread_by_hand(params),
     )
+    return "eager" if kind == "eager" else "flash"
+
+
+def columns_of_step(cache: Cache, queries: int) -> int | None:
+    """The columns over which the kernel for few tokens would read so many of a row; None where it would not."""
+    return cache.max_length if cache.layout == "flat" and queries <= FEW_QUERIES else None
 
 
 def rounded_cache(dtype: Any) -> str | None:
@@ -84,6 +100,12 @@ def rounded_cache(dtype: Any) -> str | None:
     Tokens that are read into an empty int8 cache look at what it holds of them, as those that come later do.
     """
     return "the cache is int8" if dtype is not None and jnp.dtype(dtype) == jnp.int8 else None
+
+
+def good_columns(placement: Placement | None, columns: int) -> int:
+    """So many columns of a cache or a few more, so that a kernel for few tokens can read it."""
+    unit = LANES if kernel_platform(placement) == "tpu" and columns >= MANY_COLUMNS else 1
+    return -(-columns // unit) * unit
 
 
 def settle(
@@ -95,14 +117,18 @@ def settle(
     *,
     has_past: bool = False,
     one_column: bool = True,
+    columns: int | None = None,
     odd: str | None = None,
+    for_few: str | None = None,
     by_hand: bool = False,
 ) -> str:
-    """``"flash"`` or ``"eager"``, for a pass over ids ``[B, T]``.
+    """``"flash"``, ``"decode"`` or ``"eager"``, for a pass over ids ``[B, T]``.
 
     Args:
       one_column: all rows' queries begin in the same column.
+      columns: those of the flat cache that few tokens are read over: ``"decode"`` is the kernel for that.
       odd: what else is asked for that no kernel does, in words.
+      for_few: and what only the kernel for few tokens does.
       by_hand: the params are spread over devices that no placement knows of.
 
     Raises:
@@ -111,17 +137,19 @@ def settle(
     if check_implementation(name) == "eager":
         return "eager"
     on = kernel_platform(placement)
-    problem = odd or _problem(config, placement, dtype, shape, on, has_past, one_column)
+    kernel, small = "flash", shape[1] < MANY_QUERIES
+    problem = odd or for_few or _problem(config, placement, dtype, shape, on, has_past, one_column)
+    if columns is not None and not odd and _has_kernel_for_few(config, placement, dtype, shape[1], columns, on):
+        kernel, small, problem = "decode", columns < MANY_COLUMNS, None
     if name == "flash":
         if problem is not None:
             raise ValueError(
                 f"attn_implementation='flash' cannot be had: {problem}; with 'auto' attention is then 'eager', "
                 "the plain path"
             )
-        return "flash"
-    small = shape[1] < MANY_QUERIES
+        return kernel
     rounds = on == "gpu" and jnp.dtype(dtype) == jnp.float32
-    return "eager" if problem or small or rounds or by_hand else "flash"
+    return "eager" if problem or small or rounds or by_hand else kernel
 
 
 def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_column: bool) -> str | None:
@@ -140,6 +168,17 @@ def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_colum
     if not one_column:
         return "the rows are in different columns of the cache"
     return None
+
+
+def _has_kernel_for_few(config, placement, dtype, tokens: int, columns: int, on: str) -> bool:
+    if on != "tpu" or jnp.dtype(dtype).name not in _DTYPES[on]:
+        return False
+    from optjax.kernels.decode import fits
+
+    if placement is not None and placement.shards("cache_length") > 1:
+        return False
+    heads = config.num_attention_heads // parts(placement, config.num_attention_heads, "heads")
+    return fits(tokens, heads, config.head_dim, columns, jnp.dtype(dtype).itemsize)
 
 
 def spread_by_hand(params: Params) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optjax.attention import causal_mask
 from optjax.attention_blocks import attend_all_keys_in_blocks, block_of_queries
+from optjax.cache_codes import Buffer, Codes
 from optjax.kernels.choice import interprets, kernel_platform
 from optjax.placed import on_each
 
@@ -61,6 +62,31 @@ class Flash:
             seen = jax.lax.dynamic_slice_in_dim(jnp.cumsum(self.real_keys, axis=1), self.index, t, axis=1)
             out = _where_none(seen == 0, v, out)
         return out.reshape(b, t, h * d)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """How the tokens of each row look at the columns of a flat cache, by ``mask`` ``[B, T, S]`` bool."""
+
+    placement: Placement | None
+    mask: jax.Array
+
+    def __call__(self, q: jax.Array, k: Buffer, v: Buffer) -> jax.Array:
+        """``[B, T, D]`` of scaled queries ``[B, T, H, K]`` over keys and values ``[B, S, D]``."""
+        from optjax.kernels import decode
+
+        b, t, _, head_dim = q.shape
+        tokens, flat, scales = ("batch", None, "heads"), ("batch", None, "heads"), ("batch", "heads", None)
+        arrays, axes = [q.reshape(b, t, -1), self.mask], [tokens, ("batch", None, None)]
+        for each in (k, v):
+            parts = [(each.codes, flat), (each.scales, scales)] if isinstance(each, Codes) else [(each, flat)]
+            arrays += [array for array, _ in parts]
+            axes += [of for _, of in parts]
+
+        def one(q: jax.Array, mask: jax.Array, *buffers: jax.Array) -> jax.Array:
+            return decode.attend(q, mask, buffers, head_dim=head_dim, interpret=interprets())
+
+        return on_each(self.placement, one, arrays, axes, tokens)
 
 
 def _where_none(none: jax.Array, v: jax.Array, out: jax.Array) -> jax.Array:

@@ -1,0 +1,212 @@
+"""The kernel that reads a cache for few tokens, interpreted on the CPU: beside transformers and the plain path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hf_models import padded_masks, params_from, random_config, state_of, torch_model
+
+import optjax
+from optjax.attention import attend as attend_plainly
+from optjax.cache_codes import Codes, encode
+from optjax.generation import prompt
+from optjax.kernels import choice, decode
+from optjax.kernels.choice import interpreted
+from optjax.sharding import make_mesh
+
+# Five blocks of 128.
+COLUMNS = 640
+
+
+def arrays(seed: int, rows: int, tokens: int, heads: int, head_dim: int, coded: bool = False):
+    """Queries, keys and values, a mask with a beginning and an end for each row, and the buffers of the kernel."""
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(rows, tokens, heads, head_dim)).astype(np.float32)
+    k, v = (rng.normal(size=(rows, COLUMNS, heads, head_dim)).astype(np.float32) for _ in range(2))
+    bounds = np.sort(rng.integers(0, COLUMNS, size=(rows, 2)), axis=1)
+    columns = np.arange(COLUMNS)
+    mask = (columns >= bounds[:, :1]) & (columns <= bounds[:, 1:])
+    mask = mask[:, None] & (rng.random((rows, tokens, COLUMNS)) < 0.8)
+    mask[np.arange(rows), :, bounds[:, 0]] = True  # no query sees nothing
+    k, v = (jnp.asarray(x) for x in (k, v))
+    if coded:
+        k, v = (Codes(codes.reshape(rows, COLUMNS, -1), scales.swapaxes(1, 2)) for codes, scales in map(encode, (k, v)))
+        buffers = [k.codes, k.scales, v.codes, v.scales]
+    else:
+        buffers = k, v = [x.reshape(rows, COLUMNS, -1) for x in (k, v)]
+    return jnp.asarray(q), k, v, mask, buffers
+
+
+def attend(q, mask, buffers):
+    b, t, _, k = q.shape
+    return decode.attend(q.reshape(b, t, -1), jnp.asarray(mask), buffers, head_dim=k, interpret=True)
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "heads", "head_dim"), [(1, 1, 3, 4), (4, 1, 12, 8), (3, 1, 8, 16), (3, 3, 5, 6), (2, 8, 16, 5)]
+)
+def test_as_the_plain_path(rows, tokens, heads, head_dim, coded):
+    q, k, v, mask, buffers = arrays(rows + tokens, rows, tokens, heads, head_dim, coded)
+    expected, _ = attend_plainly(q, k, v, jnp.asarray(mask)[:, None], layout="flat")
+    np.testing.assert_allclose(attend(q, mask, buffers), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_row_costs_its_own_columns():
+    """Blocks in which a row looks at nothing are not read: what lies there would be seen."""
+    q, _, _, mask, buffers = arrays(0, 4, 1, 4, 8)
+    expected = attend(q, mask, buffers)
+    used = mask.any(1).reshape(4, 5, 128).any(2)
+    first, last = used.argmax(1), 4 - used[:, ::-1].argmax(1)
+    assert (last - first < 4).any()
+    block = np.arange(COLUMNS) // 128
+    read = (block >= first[:, None]) & (block <= last[:, None])
+    poisoned = [jnp.where(read[..., None], x, jnp.nan) for x in buffers]
+    np.testing.assert_array_equal(attend(q, mask, poisoned), expected)
+
+
+def test_each_block_is_fetched_once():
+    """And no other one: a fetch is a step whose row or block is not that of the step before."""
+    rng = np.random.default_rng(0)
+    for rows in (1, 2, 5):
+        first, last = np.sort(rng.integers(0, 6, size=(2, rows)), axis=0)
+        steps = [(row, i) for row in range(rows) for i in range(6)]
+        there = [tuple(map(int, decode.fetched(row, i, first, last, rows))) for row, i in steps]
+        fetches = [each for each, before in zip(there, [None, *there], strict=False) if each != before]
+        assert fetches == [(row, i) for row in range(rows) for i in range(first[row], last[row] + 1)]
+        used = [at for at, (row, i) in zip(there, steps, strict=True) if first[row] + i <= last[row]]
+        assert used == fetches
+
+
+def test_a_row_that_sees_nothing_gets_the_mean():
+    """As by softmax over what is all masked: finite, whatever else is in the batch."""
+    q, _, _, mask, buffers = arrays(1, 3, 1, 4, 8)
+    mask[1] = False
+    found = attend(q, mask, buffers)
+    np.testing.assert_allclose(found[1, 0], buffers[1][1].mean(0), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(found).all()
+
+
+def model(seed: int):
+    rng = np.random.default_rng(seed)
+    config = random_config(rng).replace(max_position_embeddings=48, num_hidden_layers=2)
+    theirs = torch_model(config, "causal_lm", seed)
+    ids = rng.integers(4, config.vocab_size, size=(3, 11))
+    return params_from(state_of(theirs), config, "causal_lm"), theirs, ids, padded_masks(rng, 3, 11)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """As on a TPU with a long cache: flat, in columns of the kernel's blocks, which it reads from the first on."""
+    monkeypatch.setattr(optjax.cache, "default_layout", lambda _: "flat")
+    monkeypatch.setattr(choice, "MANY_COLUMNS", 1)
+    calls = []
+    attend = decode.attend
+    monkeypatch.setattr(decode, "attend", lambda q, *rest, **options: calls.append(q) or attend(q, *rest, **options))
+    with interpreted("tpu"):
+        yield calls
+
+
+STRATEGIES = {
+    "greedy": {},
+    "int8 cache": {"cache_dtype": "int8"},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+    "guidance": {"guidance_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_generate(on_tpu, name):
+    params, _, ids, mask = model(3)
+    options = {"attention_mask": mask, "max_new_tokens": 9, "eos_token_id": [3]} | STRATEGIES[name]
+    found = optjax.generate(params, ids, **options)
+    assert on_tpu
+    on_tpu.clear()
+    np.testing.assert_array_equal(found, optjax.generate(params, ids, **options, attn_implementation="eager"))
+    assert not on_tpu
+
+
+def test_generate_as_transformers(on_tpu):
+    params, theirs, ids, mask = model(4)
+    mask = np.sort(mask, axis=1)  # padded on the left, as transformers takes them
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    with torch.no_grad():
+        expected = theirs.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **options).numpy()
+    found = optjax.generate(params, ids, attention_mask=mask, max_new_tokens=12, eos_token_id=[])
+    np.testing.assert_array_equal(found, expected)
+    assert on_tpu
+
+
+def test_decode_step(on_tpu):
+    """A token in each row after prompts padded on the right, whose padding is never looked at."""
+    params, theirs, ids, mask = model(5)
+    mask = np.sort(mask, axis=1)[:, ::-1].copy()
+    new = np.array([5, 6, 7])
+    logits = {}
+    for kind in ("eager", "flash"):
+        _, cache = optjax.prefill(params, ids, mask, max_length=16)
+        logits[kind], cache = optjax.decode_step(params, new, cache, attn_implementation=kind)
+        assert (kind == "flash") == bool(on_tpu)
+    np.testing.assert_allclose(logits["flash"], logits["eager"], rtol=1e-4, atol=1e-4)
+    whole, all_real = np.concatenate([ids, new[:, None]], 1), np.concatenate([mask, np.ones((3, 1), mask.dtype)], 1)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(whole), torch.from_numpy(all_real)).logits[:, -1].numpy()
+    np.testing.assert_allclose(logits["flash"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_mesh_each_device_has_its_rows_and_heads(on_tpu):
+    config = optjax.OPTConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=16, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(2, 32, size=(2, 9)), np.arange(9) >= np.array([[0], [4]])
+    options = {"attention_mask": mask, "max_new_tokens": 8, "eos_token_id": []}
+    expected = optjax.generate(optjax.init_params(config, jax.random.key(0)), ids, **options)
+    mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
+    on_tpu.clear()
+    spread = optjax.init_params(config, jax.random.key(0), mesh=mesh)
+    for dtype in (None, "int8"):
+        found = optjax.generate(spread, ids, cache_dtype=dtype, **options)
+        np.testing.assert_array_equal(found, expected)
+    assert {q.shape for q in on_tpu} == {(1, 1, 16)}
+
+
+def test_what_is_chosen():
+    params, _, ids, mask = model(6)
+    config = params.config
+
+    def kind(queries=1, columns=512, layout="flat", dtype=None, **options):
+        cache = jax.eval_shape(lambda: optjax.init_cache(config, 3, columns, dtype, layout=layout))
+        return optjax.attention_kind(params, 3, queries, cache=cache, **options)
+
+    assert kind() == "eager"  # on the CPU
+    with interpreted("gpu"):
+        assert kind() == "eager"
+    with interpreted("tpu"):
+        assert kind() == kind(8) == kind(dtype="int8") == kind(columns=2048) == "flash"
+        assert optjax.attention_kind(params, 3, 1, cache=True) == "flash"
+        assert kind(9) == kind(layout="heads") == kind(columns=513) == kind(columns=384) == "eager"
+        assert kind(columns=384, attn_implementation="flash") == "flash"
+        assert kind(attn_implementation="eager") == "eager"
+        assert kind(columns=513, attn_implementation="flash") == "flash"  # by the kernel for many queries
+    wide = optjax.abstract_params(optjax.OPTConfig.preset("opt-175b"), "bfloat16")
+    with interpreted("tpu"):
+        assert optjax.attention_kind(wide, 1, 1, cache=True) == "eager"  # a block of 96 heads does not fit
+
+
+def test_columns_are_those_of_blocks(monkeypatch):
+    """Whatever is asked for: `generate` makes the cache as the kernel can read it."""
+    params, _, ids, mask = model(7)
+    seen = []
+    init_cache = prompt.init_cache
+    monkeypatch.setattr(prompt, "init_cache", lambda *sizes: seen.append(sizes[2]) or init_cache(*sizes))
+    monkeypatch.setattr(choice, "MANY_COLUMNS", 16)
+    with interpreted("tpu"):
+        optjax.generate(params, ids, attention_mask=mask, max_new_tokens=3)
+    assert seen == [128]
