@@ -6,6 +6,7 @@ Zhang et al. 2022 (OPT: Open Pre-trained Transformer Language Models), in the fo
 from __future__ import annotations
 
 import dataclasses
+import logging
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,8 @@ from optjax.validate import as_array, as_head_mask, as_ids, as_mask, check_param
 
 # Hugging Face's position table has two rows before that of position 0 (#20761). Masked slots are at position -1.
 POSITION_OFFSET = 2
+
+_log = logging.getLogger(__name__)
 
 
 @partial(
@@ -221,6 +224,8 @@ def decoder(
     keep_hidden, keep_attention = output_hidden_states, output_attentions
     block = flash = None
     kind = attention_of(params, inputs, keep_attention)
+    # Once for each program, while it is traced.
+    _log.info("attention of %d tokens in each of %d rows: %s", t, b, "eager" if kind == "eager" else "flash")
     if kind == "decode":
         flash = Decode(placement, mask[:, 0])
     elif kind == "flash":

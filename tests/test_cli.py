@@ -136,7 +136,9 @@ def test_options_reach_generate(run, model, monkeypatch, words, options):
 
 
 def test_only_the_continuation_and_the_speed(run, model):
+    jax.clear_caches()  # a program says once which attention it has
     result = run("generate", "--model", model, "the", "--greedy", "-n", 5, "--no-echo", "--stats")
+    assert result.err.endswith("; attention eager\n")
     assert result.out == expected_texts(model, ["the"], 5)[0] + "\n"
     assert re.search(r"5 tokens: the first after [\d.]+ s, then [\d,]+ tokens/s", result.err)
     assert run("generate", "--model", model, "the", "--greedy", "-n", 5, "--quiet").err == ""

@@ -142,7 +142,7 @@ def test_generate_as_transformers(on_tpu):
     assert on_tpu
 
 
-def test_decode_step(on_tpu):
+def test_decode_step(on_tpu, caplog):
     """A token in each row after prompts padded on the right, whose padding is never looked at."""
     params, theirs, ids, mask = model(5)
     mask = np.sort(mask, axis=1)[:, ::-1].copy()
@@ -150,8 +150,10 @@ def test_decode_step(on_tpu):
     logits = {}
     for kind in ("eager", "flash"):
         _, cache = optjax.prefill(params, ids, mask, max_length=16)
+        caplog.set_level("INFO", "optjax.model")
         logits[kind], cache = optjax.decode_step(params, new, cache, attn_implementation=kind)
         assert (kind == "flash") == bool(on_tpu)
+        assert caplog.messages[-1] == f"attention of 1 tokens in each of 3 rows: {kind}"
     np.testing.assert_allclose(logits["flash"], logits["eager"], rtol=1e-4, atol=1e-4)
     whole, all_real = np.concatenate([ids, new[:, None]], 1), np.concatenate([mask, np.ones((3, 1), mask.dtype)], 1)
     with torch.no_grad():

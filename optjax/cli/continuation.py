@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import secrets
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,7 @@ class Stats:
 
     texts: int = 0
     tokens: int = 0
+    attention: list[str] = field(default_factory=list)
     first: float | None = None
     others: float = 0.0
 
@@ -47,7 +49,21 @@ class Stats:
     def __str__(self) -> str:
         among = f" in {self.texts} texts" if self.texts > 1 else ""
         speed = f", then {(self.tokens - self.texts) / self.others:,.0f} tokens/s" if self.others else ""
-        return f"{self.tokens} tokens{among}: the first after {self.first or 0:.2f} s{speed}"
+        attention = f"; attention {', then '.join(self.attention)}" if self.attention else ""
+        return f"{self.tokens} tokens{among}: the first after {self.first or 0:.2f} s{speed}{attention}"
+
+
+class AttentionSaid(logging.Handler):
+    """Keeps which attention the model says that it takes, in that order: of prompts, then of later tokens."""
+
+    def __init__(self, kinds: list[str]):
+        super().__init__(logging.INFO)
+        self.kinds = kinds
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = record.args[-1] if isinstance(record.args, tuple) else None
+        if kind in ("eager", "flash") and kind not in self.kinds:
+            self.kinds.append(kind)
 
 
 class LayersRead:
@@ -92,6 +108,17 @@ class Continuation:
 
     def write(self, prompts: list[str]) -> None:
         """Prints the continuations of all prompts, batch after batch."""
+        log, said = logging.getLogger("optjax.model"), AttentionSaid(self.stats.attention)
+        log.setLevel(logging.INFO)
+        log.addHandler(said)
+        try:
+            self._write(prompts)
+        finally:
+            log.removeHandler(said)
+        if self.arguments.stats or (sys.stderr.isatty() and not self.arguments.quiet):
+            terminal.note(str(self.stats))
+
+    def _write(self, prompts: list[str]) -> None:
         tokens = self._room(prompts)
         samples, size = self.arguments.num_return_sequences, self.arguments.batch_size
         total = len(prompts) * samples
@@ -105,8 +132,6 @@ class Continuation:
                 self._write_as_it_comes(batch[0], steps)
             else:
                 self._write_when_done(batch, steps, start * samples, total)
-        if self.arguments.stats or (sys.stderr.isatty() and not self.arguments.quiet):
-            terminal.note(str(self.stats))
 
     def _steps(self, prompts: list[str], tokens: int, key: jax.Array) -> Iterator[np.ndarray]:
         """The new tokens of all rows, step by step; of beams when all are there, as the best may change until then."""

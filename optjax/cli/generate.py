@@ -175,7 +175,11 @@ def _add_output(group: Any) -> None:
     )
     add("--batch-size", type=count, default=8, metavar="N", help="prompts of a file computed at once (default: 8)")
     told = group.add_mutually_exclusive_group()
-    told.add_argument("--stats", action="store_true", help="speed on standard error also where that is no terminal")
+    told.add_argument(
+        "--stats",
+        action="store_true",
+        help="speed and kind of attention on standard error also where that is no terminal",
+    )
     told.add_argument("-q", "--quiet", action="store_true", help="nothing on standard error but errors")
 
 
