@@ -52,6 +52,29 @@ def test_int8_is_torchs():
     assert (difference <= 1.01 * scales[:, None]).all() and (difference > 1e-5 * scales.max()).mean() < 1e-3
 
 
+def test_a_table_has_scales_of_columns():
+    """Columns that are large in all rows do not take the others' codes from them: all are about as exact."""
+    rng = np.random.default_rng(2)
+    w = rng.standard_normal((300, 64)).astype(np.float32)
+    w[:, 5] *= 60
+    w[:, 9] = 0
+    ours, rows = (encode(w, "int8", 0, jnp.float32, native=False, table=table) for table in (True, False))
+    others = np.delete(np.arange(64), [5, 9])
+
+    def error(made):
+        return np.sqrt(np.mean((np.asarray(made.dequantize()) - w)[:, others] ** 2))
+
+    assert error(ours) < 0.2 * error(rows)
+    assert np.abs(np.asarray(ours.dequantize()) - w)[:, 5].max() < 0.01 * np.abs(w[:, 5]).max()
+    assert (np.asarray(ours.dequantize())[:, 9] == 0).all()
+    index = jnp.array([[7, 0], [299, 7]])
+    np.testing.assert_allclose(ours.rows(index), ours.dequantize()[index], rtol=1e-6)
+    for x in (rng.standard_normal((1, 64)), rng.standard_normal((3, 64))):
+        x = jnp.asarray(x, jnp.float32)
+        for on in ("cpu", "tpu"):
+            np.testing.assert_allclose(product(x, ours, on=on), x @ ours.dequantize().T, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(("kind", "native"), [("int4", False), ("int4", True), ("nf4", False)])
 def test_four_bits_are_the_nearest(kind, native):
     """Every number goes to the nearest of its group's 16 levels, and the scale is as large as it must be."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from checkpoint_helpers import POST_NORM, PRE_NORM, make_params
 
 import optjax
@@ -54,6 +55,21 @@ def test_while_loading_and_back(tmp_path, quantization, stacked):
     again = load_params(tmp_path / "codes", "bfloat16", stacked=stacked)
     assert_same(again, half)
     assert again.layer(1)["fc1"]["bias"].dtype == jnp.bfloat16
+
+
+def test_files_without_scales_of_columns(tmp_path):
+    """Those written before tables had any are read as they were."""
+    wanted = optjax.quantize(make_params(PRE), "int8")
+    save_params(wanted, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    [name] = [name for name in tensors if name.endswith("weight_column_scale")]
+    assert "embed_tokens" in name
+    safetensors.numpy.save_file({key: value for key, value in tensors.items() if key != name}, file)
+    table = load_params(tmp_path)["embed_tokens"]["weight"]
+    assert table.column_scales is None
+    plain = table.values.astype(jnp.float32) * table.scales[:, None]
+    np.testing.assert_array_equal(table.dequantize(), plain)
 
 
 def test_storage_of_a_tpu(tmp_path, monkeypatch):

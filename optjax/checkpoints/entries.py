@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.match import expected
-from optjax.checkpoints.quantized import SCALE, stored
+from optjax.checkpoints.quantized import COLUMN_SCALE, SCALE, stored
 from optjax.declaration import Weight
 from optjax.params import Params
 from optjax.quantization.codes import pack_on_host
@@ -89,6 +89,8 @@ def _entries(params: Params, weight: Weight, layer: int | None, name: str) -> It
     size = None if node.kind == "int8" else node.group_size
     yield Entry(name, like.values.shape, np.dtype(like.values.dtype), node.values, taken, group_size=size)
     yield Entry(name + SCALE, like.scales.shape, np.dtype(like.scales.dtype), node.scales, taken)
+    if node.column_scales is not None:
+        yield Entry(name + COLUMN_SCALE, like.column_scales.shape, np.dtype(np.float32), node.column_scales, taken)
 
 
 def to_host(array: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from optjax.checkpoints.quantized import LazyQuantized, stored
 from optjax.checkpoints.tensors import TensorRef
 from optjax.declaration import Weight
 from optjax.params import Params, build_params
-from optjax.quantization.quantize import Quantization
+from optjax.quantization.quantize import Quantization, is_table
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,21 @@ def lazy_params(
         if made is None:
             return lazy(ref, ref.dtype if dtype is None else dtype)
         if held is not None:
-            scales = opened.plan.scales[weight.path, layer]
-            return dataclasses.replace(
-                made, values=lazy(ref, ref.dtype), scales=lazy(scales, scales.dtype), dtype=meant
+            scales, columns = (
+                opened.plan.scales[weight.path, layer],
+                opened.plan.column_scales.get((weight.path, layer)),
             )
-        own = LazyQuantized(ref, made.kind, made.group_size, advance)
+            return dataclasses.replace(
+                made,
+                values=lazy(ref, ref.dtype),
+                scales=lazy(scales, scales.dtype),
+                column_scales=None if columns is None else lazy(columns, columns.dtype),
+                dtype=meant,
+            )
+        own, columns = LazyQuantized(ref, made.kind, made.group_size, is_table(weight), advance), made.column_scales
         return dataclasses.replace(
             made,
+            column_scales=None if columns is None else LazyTensor(columns.shape, columns.dtype, own.read_column_scales),
             values=LazyTensor(made.values.shape, made.values.dtype, own.read_values),
             scales=LazyTensor(made.scales.shape, made.scales.dtype, own.read_scales),
             dtype=meant,

@@ -110,9 +110,10 @@ def load_params(
 
         def one(weight: Weight, layer: int | None) -> Any:
             tensor = plan.tensors[weight.path, layer]
-            scales = plan.scales.get((weight.path, layer))
+            scales, columns = (of.get((weight.path, layer)) for of in (plan.scales, plan.column_scales))
             if scales is not None and held is not None:
-                made = read_quantized(place, platform(placement), held, weight, layer, tensor, scales, meant)
+                refs = tensor, scales, columns
+                made = read_quantized(place, platform(placement), held, weight, layer, *refs, meant)
             elif wanted is not None and wanted.kind_of(weight) is not None:
                 array = place(weight, layer, tensor, _kept(tensor.dtype))
                 made = jax.block_until_ready(quantize_weight(wanted, weight, array, placement, meant))

@@ -11,7 +11,7 @@ import numpy as np
 
 from optjax.checkpoints.contents import Contents
 from optjax.checkpoints.errors import CheckpointError, listing, shorten
-from optjax.checkpoints.quantized import SCALE, stored
+from optjax.checkpoints.quantized import COLUMN_SCALE, SCALE, stored
 from optjax.checkpoints.tensors import TensorRef
 from optjax.config import OPTConfig
 from optjax.declaration import HEADS, Weight, declare
@@ -39,11 +39,13 @@ _PROBLEMS = (
 class Match:
     """Which tensor each weight is read from; ``created`` lists the head's weights that the files lack.
 
-    A weight that is quantized in the files has its codes in ``tensors`` and its scales in ``scales``.
+    A weight that is quantized in the files has its codes in ``tensors`` and its scales in ``scales``; a table, unless
+    the files are old, has those of its columns in ``column_scales``.
     """
 
     tensors: dict[tuple[str, int | None], TensorRef]
     scales: dict[tuple[str, int | None], TensorRef] = field(default_factory=dict)
+    column_scales: dict[tuple[str, int | None], TensorRef] = field(default_factory=dict)
     created: list[Weight] = field(default_factory=list)
 
 
@@ -90,7 +92,10 @@ def match(
     for weight, layer, path in expected(config, head):
         codes = None if quantization is None else stored(quantization, weight)
         if codes is not None and (path in tensors or not (path.startswith(_HEAD_WEIGHTS) and create_head)):
-            for name, like, found in (("", codes.values, out.tensors), (SCALE, codes.scales, out.scales)):
+            parts = [("", codes.values, out.tensors), (SCALE, codes.scales, out.scales)]
+            if codes.column_scales is not None and path + COLUMN_SCALE in tensors:
+                parts.append((COLUMN_SCALE, codes.column_scales, out.column_scales))
+            for name, like, found in parts:
                 tensor = tensors.pop(path + name, None)
                 if tensor is None:
                     problems["missing"].append(f"{path}{name} {like.shape}")

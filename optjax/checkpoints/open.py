@@ -30,7 +30,9 @@ class Opened:
     @property
     def nbytes(self) -> int:
         """Of the weights as they lie in the files."""
-        return sum(tensor.nbytes for each in (self.plan.tensors, self.plan.scales) for tensor in each.values())
+        plan = self.plan
+        every = (plan.tensors, plan.scales, plan.column_scales)
+        return sum(tensor.nbytes for each in every for tensor in each.values())
 
     @property
     def dtype(self) -> np.dtype:

@@ -1,7 +1,8 @@
 """Quantized weights in files: what they are called there, what shape they have, and which config.json goes with them.
 
 A quantized matrix ``….weight`` is stored as its codes in int8 (4-bit codes two in a byte; `optjax.quantization.codes`)
-under its own name, and its scales under ``….weight_scale``; everything else as ever. config.json says how:
+under its own name, and its scales under ``….weight_scale``; of a table those of columns under ``….weight_column_scale``
+(older files have none, and mean 1); everything else as ever. config.json says how:
 ``"quantization_config": {"quant_method": "optjax", "kind": "int4", "group_size": 64}``.
 """
 
@@ -25,11 +26,12 @@ from optjax.checkpoints.tensors import Index, TensorRef, block
 from optjax.config import OPTConfig
 from optjax.declaration import Weight
 from optjax.quantization.codes import unpack_on_host
-from optjax.quantization.quantize import Quantization, encode_placed
+from optjax.quantization.quantize import Quantization, encode_placed, is_table
 from optjax.quantization.weight import QuantizedWeight, encode
 
 METHOD = "optjax"
 SCALE = "_scale"
+COLUMN_SCALE = "_column_scale"
 
 
 def config_entry(quantization: Quantization) -> dict[str, Any]:
@@ -68,7 +70,8 @@ def stored(quantization: Quantization, weight: Weight) -> QuantizedWeight | None
     kind = quantization.kind_of(weight)
     if kind is None:
         return None
-    make = partial(encode, kind=kind, group_size=quantization.group_size, dtype=jnp.float32, native=False)
+    how = {"kind": kind, "group_size": quantization.group_size, "native": False, "table": is_table(weight)}
+    make = partial(encode, dtype=jnp.float32, **how)
     return jax.eval_shape(make, jax.ShapeDtypeStruct(weight.shape, jnp.float32))
 
 
@@ -89,6 +92,7 @@ def read_quantized(
     layer: int | None,
     values: TensorRef,
     scales: TensorRef,
+    column_scales: TensorRef | None,
     dtype: Any,
 ) -> QuantizedWeight:
     """A weight from its codes and scales, placed as `place` has it."""
@@ -98,8 +102,13 @@ def read_quantized(
     if made.kind == "int4" and platform == "tpu":
         values = Unpacked(values, made.group_size)
         of_values = dataclasses.replace(of_values, shape=values.shape)
-    placed = place(of_values, layer, values, values.dtype), place(of_scales, layer, scales, scales.dtype)
-    return dataclasses.replace(made, values=placed[0], scales=placed[1], dtype=np.dtype(dtype))
+    placed = {"values": place(of_values, layer, values, values.dtype)}
+    placed |= {"scales": place(of_scales, layer, scales, scales.dtype), "column_scales": None}
+    if column_scales is not None:
+        path, axes = weight.path + COLUMN_SCALE, weight.axes[-1:]
+        of_columns = dataclasses.replace(weight, path=path, shape=weight.shape[-1:], axes=axes)
+        placed["column_scales"] = place(of_columns, layer, column_scales, column_scales.dtype)
+    return dataclasses.replace(made, **placed, dtype=np.dtype(dtype))
 
 
 @dataclass(frozen=True)
@@ -125,24 +134,35 @@ class Unpacked(TensorRef):
 
 @dataclass
 class LazyQuantized:
-    """A weight that is read and quantized when its codes are asked for; the scales are kept until their turn comes."""
+    """A weight that is read and quantized when its codes are asked for; scales are kept until their turn comes."""
 
     ref: TensorRef
     kind: str
     group_size: int
+    table: bool
     advance: Callable[[int], None]
     scales: np.ndarray | None = None
+    column_scales: np.ndarray | None = None
 
     def read_values(self) -> np.ndarray:
         array = jnp.asarray(self.ref.read())
-        made = encode_placed(array, self.kind, self.group_size, array.dtype, False)
+        how = {"kind": self.kind, "group_size": self.group_size, "native": False, "table": self.table}
+        made = encode_placed(array, dtype=array.dtype, **how)
         self.advance(self.ref.nbytes)
         self.scales = np.asarray(made.scales)
+        self.column_scales = np.asarray(made.column_scales) if self.table else None
         return np.asarray(made.values)
 
     def read_scales(self) -> np.ndarray:
         if self.scales is None:
             self.read_values()
         kept, self.scales = self.scales, None
+        assert kept is not None
+        return kept
+
+    def read_column_scales(self) -> np.ndarray:
+        if self.column_scales is None:
+            self.read_values()
+        kept, self.column_scales = self.column_scales, None
         assert kept is not None
         return kept

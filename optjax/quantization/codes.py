@@ -1,6 +1,9 @@
 """The arithmetic of the kinds: numbers to codes and scales, and back.
 
 ``int8``: a scale for each row of ``[out, in]``, its largest magnitude at 127 (absmax; Dettmers et al. 2022, section 2).
+A table has a scale for each column besides. Some columns of an embedding are several times as large as others, in all
+rows, and would else have the scales of rows to themselves; half of that, as a power, goes to the columns (Xiao et al.
+2023, SmoothQuant, equation 4 with α = 0.5, where it is for activations).
 ``int4``: a scale for each group along a row; the group's largest magnitude is at -8, so that all 16 codes are used.
 ``nf4``: the same with the 16 quantiles of a normal distribution, the largest magnitude at ±1 (Dettmers et al. 2023,
 QLoRA, section 3 and appendix E).
@@ -32,6 +35,14 @@ def encode_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     weight = weight.astype(jnp.float32)
     scales = jnp.abs(weight).max(-1) / 127
     return jnp.round(weight * _inverse(scales)[..., None]).astype(jnp.int8), scales
+
+
+def encode_table(weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``[V, E]`` as int8 of the same shape, with scales of rows ``[V]`` and of columns ``[E]``, all that multiplied."""
+    weight = weight.astype(jnp.float32)
+    columns = jnp.sqrt(jnp.sqrt(jnp.square(weight).mean(0)))
+    columns = jnp.where(columns == 0, 1.0, columns)
+    return *encode_int8(weight / columns), columns
 
 
 def encode_4bit(weight: jax.Array, kind: str, group_size: int, native: bool) -> tuple[jax.Array, jax.Array]:

@@ -35,6 +35,8 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
     The gradient with respect to x is the product with the other side of the matrix; the weight has none. Nothing but x
     and the codes is kept for it.
     """
+    if weight.column_scales is not None:
+        x = (x * weight.column_scales).astype(x.dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if on == "cpu" and not spread:
         form = _int8_in_blocks if weight.kind == "int8" else _groups_in_blocks

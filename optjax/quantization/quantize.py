@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GROUP_SIZE = 64  # QLoRA's
 _HEADS = ("score.", "qa_outputs.")
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,16 @@ class Quantization:
         The layers' matrices and the projections get ``kind``. The word embedding and an untied head get int8 at most,
         as they decide which token is meant. Position embeddings, classifiers, biases and norms stay: they are small.
         """
-        if weight.path in ("embed_tokens.weight", "lm_head.weight"):
+        if is_table(weight):
             return "int8"
         if weight.kind in ("linear", "output") and not weight.path.startswith(_HEADS):
             return self.kind
         return None
+
+
+def is_table(weight: Weight) -> bool:
+    """Whether it is one with a row for each token: these have scales of columns, too."""
+    return weight.path in _TABLES
 
 
 def as_quantization(value: Any) -> Quantization | None:
@@ -162,12 +168,13 @@ def quantize_weight(
         return array
     check_groups(quantization, weight, placement)
     native = platform(placement) == "tpu"
-    make = partial(encode, kind=kind, group_size=quantization.group_size, dtype=dtype, native=native)
+    how = {"kind": kind, "group_size": quantization.group_size, "native": native, "table": is_table(weight)}
+    make = partial(encode, dtype=dtype, **how)
     shape, shardings = jax.eval_shape(make, array), None
     if placement is not None:
         shardings = shape.map_with_axes(lambda _, axes: placement.sharding(axes), _axes(weight, len(array.shape)))
     if not isinstance(array, jax.ShapeDtypeStruct):
-        return encode_placed(array, kind, quantization.group_size, np.dtype(dtype), native, shardings)
+        return encode_placed(array, dtype=np.dtype(dtype), shardings=shardings, **how)
     if shardings is None:
         return shape
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shape, shardings)
@@ -195,12 +202,12 @@ def check_placement(
             check_groups(quantization, weight, placement)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnames=("kind", "group_size", "dtype", "native", "table", "shardings"))
 def encode_placed(
-    array: jax.Array, kind: str, group_size: int, dtype: Any, native: bool, shardings: Any = None
+    array: jax.Array, *, kind: str, group_size: int, dtype: Any, native: bool, table: bool, shardings: Any = None
 ) -> QuantizedWeight:
     """`encode` as one program, its result where ``shardings`` say."""
-    made = encode(array, kind, group_size, dtype, native=native)
+    made = encode(array, kind, group_size, dtype, native=native, table=table)
     return made if shardings is None else jax.lax.with_sharding_constraint(made, shardings)
 
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.declaration import Axis
-from optjax.quantization.codes import decode_4bit, encode_4bit, encode_int8
+from optjax.quantization.codes import decode_4bit, encode_4bit, encode_int8, encode_table
 
 Axes = tuple[Axis, ...]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scales"],
+    data_fields=["values", "scales", "column_scales"],
     meta_fields=["kind", "n_in", "group_size", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class QuantizedWeight:
       n_in: the number of inputs.
       group_size: inputs that share a scale; all of them for int8.
       dtype: what the matrix stands for: that of the weights which are not quantized, and of the computation.
+      column_scales: ``[in]`` float32, by which the inputs are multiplied besides; of int8 tables, else None.
     """
 
     values: Any
@@ -43,6 +44,7 @@ class QuantizedWeight:
     n_in: int
     group_size: int
     dtype: np.dtype
+    column_scales: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +66,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return nbytes(self.values) + nbytes(self.scales)
+        return sum(map(nbytes, jax.tree.leaves(self)))
 
     def astype(self, dtype: Any) -> QuantizedWeight:
         """The same codes, standing for another dtype."""
@@ -80,19 +82,23 @@ class QuantizedWeight:
     def map_with_axes(self, one: Callable[[Any, Axes], Any], axes: Axes) -> QuantizedWeight:
         """With ``one(leaf, its logical axes)`` in place of each leaf."""
         of_values, of_scales = self.axes(axes)
-        return dataclasses.replace(self, values=one(self.values, of_values), scales=one(self.scales, of_scales))
+        columns = None if self.column_scales is None else one(self.column_scales, axes[-1:])
+        made = {"values": one(self.values, of_values), "scales": one(self.scales, of_scales), "column_scales": columns}
+        return dataclasses.replace(self, **made)
 
     def rows(self, index: jax.Array, dtype: Any = None) -> jax.Array:
         """Rows of a table, ``[…, in]`` in ``dtype``; int8 only."""
         assert self.kind == "int8"  # tables are never quantized to fewer bits
         dtype = self.dtype if dtype is None else dtype
-        return (self.values[index].astype(jnp.float32) * self.scales[index][..., None]).astype(dtype)
+        rows = self.values[index].astype(jnp.float32) * self.scales[index][..., None]
+        return (rows if self.column_scales is None else rows * self.column_scales).astype(dtype)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The matrix ``[…, out, in]``."""
         dtype = self.dtype if dtype is None else dtype
         if self.kind == "int8":
-            return (self.values.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
+            whole = self.values.astype(jnp.float32) * self.scales[..., None]
+            return (whole if self.column_scales is None else whole * self.column_scales).astype(dtype)
         return self.transposed(dtype).swapaxes(-1, -2)
 
     def transposed(self, dtype: Any) -> jax.Array:
@@ -105,15 +111,21 @@ class QuantizedWeight:
         return scaled.reshape(*lead, -1, n_out)[..., : self.n_in, :].astype(dtype)
 
 
-def encode(weight: jax.Array, kind: str, group_size: int, dtype: Any, *, native: bool) -> QuantizedWeight:
-    """A matrix ``[…, out, in]`` quantized; ``native`` chooses the storage of int4 (`codes`)."""
-    n_in = weight.shape[-1]
-    if kind == "int8":
+def encode(
+    weight: jax.Array, kind: str, group_size: int, dtype: Any, *, native: bool, table: bool = False
+) -> QuantizedWeight:
+    """A matrix ``[…, out, in]`` quantized; ``native`` chooses the storage of int4 (`codes`), ``table`` its scales."""
+    n_in, column_scales = weight.shape[-1], None
+    if table:
+        assert kind == "int8"
+        values, scales, column_scales = encode_table(weight)
+        group_size = n_in
+    elif kind == "int8":
         values, scales = encode_int8(weight)
         group_size = n_in
     else:
         values, scales = encode_4bit(weight, kind, group_size, native)
-    return QuantizedWeight(values, scales, kind, n_in, group_size, jnp.dtype(dtype))
+    return QuantizedWeight(values, scales, kind, n_in, group_size, jnp.dtype(dtype), column_scales)
 
 
 def nbytes(array: Any) -> int:
