@@ -37,6 +37,7 @@ def markdown(known: list[dict[str, Any]]) -> str:
     lines += [ABOUT.format(context=" or ".join(map(str, contexts)))]
     rows = {case: whole(case, found) for case in found if case.layers == 2 and replace(case, layers=4) in found}
     shown = [case for case in rows if case.side != "products"]
+    lines += [*_summary(rows), ""]
     for chip in SLICES:
         own = [case for case in shown if case.chip == chip]
         if own:
@@ -54,6 +55,22 @@ def markdown(known: list[dict[str, Any]]) -> str:
         ]
         lines += [*checked, ""]
     return "\n".join(lines)
+
+
+def _summary(rows: dict[Case, dict[str, Any]]) -> Iterator[str]:
+    """How far the figures are from what they are measured by, in a sentence each."""
+    plain = [case for case in rows if case.quantization is None and case.cache_dtype is None]
+    times = {case: seconds(case, rows[case]) for case in plain if "error" not in rows[case]}
+    times = {case: time for case, time in times.items() if time is not None}
+    ours = {case: time for case, time in times.items() if case.side == "optjax"}
+    theirs = [times[flax] / time for case, time in ours.items() if (flax := replace(case, side="flax")) in times]
+    if theirs:
+        yield f"FlaxOPT's step is estimated at {min(theirs):.2f} to {max(theirs):.2f} times optjax's."
+    many = {case: time for case, time in ours.items() if case.batch >= 8}
+    bare = {case: times.get(replace(case, side="products"), 0.0) for case in many}
+    near = [time <= 1.25 * max(least_seconds(case, rows[case]), bare[case]) for case, time in many.items()]
+    if near:
+        yield f"With 8 rows or more {sum(near)} of {len(near)} are within 1.25 × the roofline, or 1.25 × the products."
 
 
 def whole(case: Case, found: dict[Case, dict[str, Any]], layers: int | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 SLICES = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100:1"}
 # Without a GPU to try them on, Triton's kernels would be chosen blindly: cuBLAS multiplies.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-DEAREST = 12
+DEAREST = 3
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def main() -> None:
             print(f"{case.side} {case.size} {case.chip} batch {case.batch}, {case.layers} layers", file=sys.stderr)
             known.append({"case": asdict(case), "found": found})
             args.results.mkdir(parents=True, exist_ok=True)
-            results.write_text(json.dumps(known, indent=1) + "\n")
+            results.write_text("[\n" + ",\n".join(map(json.dumps, known)) + "\n]\n")
     page = compiled_report.markdown(known)
     (args.results / "decode_compiled.md").write_text(page)
     print(page)

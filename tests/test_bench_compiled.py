@@ -33,6 +33,8 @@ def test_the_page_counts_all_layers():
     assert rows[0] == ["125m, batch 8, optjax", *figures]
     assert rows[1][3] == "24.00" and rows[1][5:7] == ["2.40", "2.00"]
     assert rows[2] == ["125m, batch 8, optjax, v5e", "12.20", "12.00"]
+    assert "estimated at 2.00 to 2.00 times optjax's" in page
+    assert "With 8 rows or more 1 of 1 are within 1.25" in page
 
 
 def test_what_was_refused_is_said():
