@@ -17,7 +17,7 @@ from optjax.attention import causal_mask
 from optjax.attention_blocks import block_of_queries
 from optjax.cache import Cache, write_mask
 from optjax.declaration import logical_axes
-from optjax.kernels.choice import columns_of_step, rounded_cache, settle, spread_by_hand
+from optjax.kernels.choice import flat_cache, rounded_cache, settle, spread_by_hand
 from optjax.kernels.flash import Decode, Flash
 from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.lora.weight import with_dropout
@@ -169,7 +169,7 @@ def with_attention(params: Params, inputs: Inputs, name: str, output_attentions:
 def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str:
     """The kind of attention of a pass, as `settle` says."""
     tokens, cache = inputs.ids if inputs.ids is not None else inputs.embeds, inputs.cache
-    columns = None if cache is None or inputs.no_past else columns_of_step(cache, tokens.shape[1])
+    flat = None if cache is None or inputs.no_past else flat_cache(cache, tokens.shape[1])
     odd = for_few = None
     if output_attentions:
         odd = "it gives no attention weights, and output_attentions asks for them"
@@ -189,7 +189,7 @@ def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str
         tokens.shape[:2],
         has_past=cache is not None and not inputs.no_past,
         one_column=cache is None or jnp.ndim(cache.index) == 0,
-        columns=columns,
+        flat=flat,
         odd=odd,
         for_few=for_few,
     )

@@ -161,6 +161,24 @@ def test_decode_step(on_tpu, caplog):
     np.testing.assert_allclose(logits["flash"], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_gradients_are_those_of_the_plain_path(on_tpu, dtype):
+    """Of a step's logits, with respect to what it is given and to the weights."""
+    params, _, ids, mask = model(8)
+    embeds = jax.random.normal(jax.random.key(0), (3, 2, params.config.embed_dim))
+
+    def loss(params, embeds, kind):
+        cache = optjax.init_cache(params, 3, 16, dtype)
+        cache = optjax.causal_lm(params, ids, attention_mask=mask, cache=cache, attn_implementation="eager").cache
+        out = optjax.causal_lm(params, inputs_embeds=embeds, cache=cache, attn_implementation=kind)
+        return jnp.square(out.logits).mean()
+
+    found, expected = (jax.grad(loss, argnums=(0, 1))(params, embeds, kind) for kind in ("auto", "eager"))
+    assert on_tpu
+    for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-6)
+
+
 def test_on_a_mesh_each_device_has_its_rows_and_heads(on_tpu):
     config = optjax.OPTConfig(
         vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=16, word_embed_proj_dim=32,
@@ -200,6 +218,28 @@ def test_what_is_chosen():
     wide = optjax.abstract_params(optjax.OPTConfig.preset("opt-175b"), "bfloat16")
     with interpreted("tpu"):
         assert optjax.attention_kind(wide, 1, 1, cache=True) == "eager"  # a block of 96 heads does not fit
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "dtype", "cache_dtype", "fits"),
+    [
+        ("13b", 1, "bfloat16", "bfloat16", True),
+        ("13b", 4, "bfloat16", "bfloat16", True),
+        ("13b", 8, "bfloat16", "bfloat16", False),
+        ("13b", 1, "float32", "float32", True),
+        ("30b", 1, "bfloat16", "bfloat16", True),
+        ("30b", 1, "bfloat16", "float32", False),  # 16.4 of 16 MiB, as the compiler has it
+        ("30b", 1, "bfloat16", "int8", True),
+        ("66b", 1, "bfloat16", "bfloat16", False),
+    ],
+)
+def test_what_fits_into_a_core(size, tokens, dtype, cache_dtype, fits):
+    """Those that do have been compiled for a v5e."""
+    config = optjax.OPTConfig.preset(f"opt-{size}", num_hidden_layers=1)
+    params = optjax.abstract_params(config, dtype)
+    cache = jax.eval_shape(lambda: optjax.init_cache(config, 2, 2048, cache_dtype, layout="flat"))
+    with interpreted("tpu"):
+        assert optjax.attention_kind(params, 2, tokens, cache=cache) == ("flash" if fits else "eager")
 
 
 def test_columns_are_those_of_blocks(monkeypatch):

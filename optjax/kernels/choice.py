@@ -71,9 +71,10 @@ def attention_kind(
     has_past = cache is not None and cache is not False
     one_column = not isinstance(cache, Cache) or cache.index.ndim == 0
     dtype = cache.dtype if isinstance(cache, Cache) else cache_dtype
-    columns = MANY_COLUMNS if has_past and queries <= FEW_QUERIES else None
     if isinstance(cache, Cache):
-        columns = columns_of_step(cache, queries)
+        flat = flat_cache(cache, queries)
+    else:
+        flat = (MANY_COLUMNS, params.dtype.itemsize) if has_past and queries <= FEW_QUERIES else None
     kind = settle(
         attn_implementation,
         params.config,
@@ -82,16 +83,17 @@ def attention_kind(
         (batch_size, queries),
         has_past=has_past,
         one_column=one_column,
-        columns=columns,
+        flat=flat,
         for_few=rounded_cache(dtype),
         by_hand=spread_by_hand(params),
     )
     return "eager" if kind == "eager" else "flash"
 
 
-def columns_of_step(cache: Cache, queries: int) -> int | None:
-    """The columns over which the kernel for few tokens would read so many of a row; None where it would not."""
-    return cache.max_length if cache.layout == "flat" and queries <= FEW_QUERIES else None
+def flat_cache(cache: Cache, queries: int) -> tuple[int, int] | None:
+    """``flat`` of `settle` for so many tokens a row."""
+    fits = cache.layout == "flat" and queries <= FEW_QUERIES
+    return (cache.max_length, cache.dtype.itemsize) if fits else None
 
 
 def rounded_cache(dtype: Any) -> str | None:
@@ -117,7 +119,7 @@ def settle(
     *,
     has_past: bool = False,
     one_column: bool = True,
-    columns: int | None = None,
+    flat: tuple[int, int] | None = None,
     odd: str | None = None,
     for_few: str | None = None,
     by_hand: bool = False,
@@ -126,7 +128,8 @@ def settle(
 
     Args:
       one_column: all rows' queries begin in the same column.
-      columns: those of the flat cache that few tokens are read over: ``"decode"`` is the kernel for that.
+      flat: the columns of the flat cache that few tokens are read over, and the bytes of its numbers: ``"decode"`` is
+        the kernel for that.
       odd: what else is asked for that no kernel does, in words.
       for_few: and what only the kernel for few tokens does.
       by_hand: the params are spread over devices that no placement knows of.
@@ -139,8 +142,8 @@ def settle(
     on = kernel_platform(placement)
     kernel, small = "flash", shape[1] < MANY_QUERIES
     problem = odd or for_few or _problem(config, placement, dtype, shape, on, has_past, one_column)
-    if columns is not None and not odd and _has_kernel_for_few(config, placement, dtype, shape[1], columns, on):
-        kernel, small, problem = "decode", columns < MANY_COLUMNS, None
+    if flat is not None and not odd and _has_kernel_for_few(config, placement, dtype, shape[1], flat, on):
+        kernel, small, problem = "decode", flat[0] < MANY_COLUMNS, None
     if name == "flash":
         if problem is not None:
             raise ValueError(
@@ -170,7 +173,7 @@ def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_colum
     return None
 
 
-def _has_kernel_for_few(config, placement, dtype, tokens: int, columns: int, on: str) -> bool:
+def _has_kernel_for_few(config, placement, dtype, tokens: int, flat: tuple[int, int], on: str) -> bool:
     if on != "tpu" or jnp.dtype(dtype).name not in _DTYPES[on]:
         return False
     from optjax.kernels.decode import fits
@@ -178,7 +181,8 @@ def _has_kernel_for_few(config, placement, dtype, tokens: int, columns: int, on:
     if placement is not None and placement.shards("cache_length") > 1:
         return False
     heads = config.num_attention_heads // parts(placement, config.num_attention_heads, "heads")
-    return fits(tokens, heads, config.head_dim, columns, jnp.dtype(dtype).itemsize)
+    columns, itemsize = flat
+    return fits(tokens, heads, config.head_dim, columns, jnp.dtype(dtype).itemsize, itemsize)
 
 
 def spread_by_hand(params: Params) -> bool:

@@ -112,15 +112,17 @@ def block_of_columns(columns: int, column_bytes: int) -> int | None:
     return max(fitting, default=min(sizes, default=None))
 
 
-def fits(tokens: int, heads: int, head_dim: int, columns: int, itemsize: int) -> bool:
-    """Whether what is held at a time fits into a core's memory: blocks, twice, and the sums of all heads."""
+def fits(tokens: int, heads: int, head_dim: int, columns: int, itemsize: int, cache_itemsize: int) -> bool:
+    """Whether what is held at a time fits into a core's memory, with numbers of so many bytes."""
     width = heads * head_dim
-    block = block_of_columns(columns, width * itemsize)
+    block = block_of_columns(columns, width * cache_itemsize)
     if block is None:
         return False
     rows = tokens * heads_in_rows(heads)
-    # The last: scores and weights of a block, and the queries' outputs.
-    held = 4 * block * width * itemsize + rows * width * (itemsize + 2 * 4) + 3 * rows * block * 4
+    held = 4 * block * width * cache_itemsize  # the block that is computed, and the one that comes
+    held += 2 * block * width * itemsize * (itemsize != cache_itemsize)  # cast
+    held += rows * width * (itemsize + 2 * 4)  # queries of all heads, sums, and what is added to them
+    held += 3 * rows * block * 4  # scores and weights
     return held <= _MEMORY
 
 
