@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,9 @@ from optjax.cache import init_cache
 from optjax.generation.buckets import bucket
 from optjax.generation.chunks import as_chunk_size, read
 from optjax.generation.draw import most_probable
-from optjax.generation.prefix import Prefix, check_prefix, continued
+from optjax.generation.prefix import Prefix, abstract_cache, check_prefix, continued
 from optjax.heads import lm_logits
-from optjax.kernels.choice import attention_kind
+from optjax.kernels.choice import attention_kind, told
 from optjax.model import Inputs, decoder
 from optjax.params import Params
 from optjax.placed import constrain
@@ -108,19 +108,20 @@ def score(
         has = f"{longest} tokens" if prefix is None else f"{longest} tokens after a prefix of {before}"
         raise ValueError(f"text {i} has {has}, more than max_position_embeddings = {config.max_position_embeddings}")
 
-    def kind_of(rows: int, columns: int) -> str:
-        queries = columns if chunk_size is None else min(chunk_size, columns)
-        past = prefix.cache if prefix is not None else queries < columns
-        return attention_kind(params, rows, queries, cache=past, attn_implementation=attn_implementation)
-
-    kind_of(batch_size, bucket(max(longest, 1)))
+    columns = bucket(max(longest, 1))
+    queries = columns if chunk_size is None else min(chunk_size, columns)
+    past: Any = queries < columns
+    if prefix is not None:
+        past = abstract_cache(params, prefix, batch_size, columns)
+    attention_kind(params, batch_size, queries, cache=past, attn_implementation=attn_implementation)
+    how = told(params, attn_implementation)
 
     scores: dict[int, Score] = {}
     order = sorted(range(len(rows)), key=lambda i: (bucket(len(rows[i])), len(rows[i]) - begins[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         chosen = [rows[i] for i in batch], [begins[i] for i in batch]
-        found = _batch(params, *chosen, batch_size, prefix, kind_of, top=top, chunk_size=chunk_size)
+        found = _batch(params, *chosen, batch_size, prefix, how, top=top, chunk_size=chunk_size)
         scores.update(zip(batch, found, strict=True))
     return [scores[i] for i in range(len(rows))]
 
@@ -131,7 +132,7 @@ def _batch(
     begins: list[int],
     batch_size: int,
     prefix: Prefix | None,
-    kind_of: Callable[[int, int], str],
+    kind: str,
     **static: Any,
 ) -> list[Score]:
     size = min(batch_size, 1 << (len(rows) - 1).bit_length())
@@ -142,7 +143,7 @@ def _batch(
     for i, row in enumerate(rows):
         ids[i, -len(row) :], mask[i, -len(row) :] = row, True
     window = min(bucket(max(len(row) - begin for row, begin in zip(rows, begins, strict=True))), ids.shape[1])
-    host = jax.device_get(_score(params, ids, mask, prefix, window=window, kind=kind_of(*ids.shape), **static))
+    host = jax.device_get(_score(params, ids, mask, prefix, window=window, kind=kind, **static))
     out = []
     for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         n = len(row) - begin

@@ -197,6 +197,30 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(on_tpu):
     assert {q.shape for q in on_tpu} == {(1, 1, 16)}
 
 
+def test_few_tokens_after_an_int8_prefix(monkeypatch):
+    """What "auto" is gets settled by the columns there are in the end, which may be none that a kernel reads."""
+    monkeypatch.setattr(optjax.cache, "default_layout", lambda _: "flat")
+    params, _, ids, _ = model(9)
+    rows = ids[:, :2]
+
+    def results(kind):
+        prefix = optjax.read_prefix(params, ids[:1], cache_dtype="int8")
+        scores = optjax.score(
+            params, list(map(list, rows)), prefix=prefix, prefill_chunk_size=2, attn_implementation=kind
+        )
+        logits = [
+            optjax.prefill(params, rows, max_length=n, prefix=prefix, attn_implementation=kind)[0] for n in (21, 112)
+        ]
+        return [*logits, *(each.token_logprobs for each in scores)]
+
+    plain = results("eager")
+    with interpreted("tpu"):
+        for few in (1, 512):
+            monkeypatch.setattr(choice, "MANY_COLUMNS", few)
+            for found, expected in zip(results("auto"), plain, strict=True):
+                np.testing.assert_allclose(np.float64(found), np.float64(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_chosen():
     params, _, ids, mask = model(6)
     config = params.config
@@ -212,6 +236,7 @@ def test_what_is_chosen():
         assert kind() == kind(8) == kind(dtype="int8") == kind(columns=2048) == "flash"
         assert optjax.attention_kind(params, 3, 1, cache=True) == "flash"
         assert kind(9) == kind(layout="heads") == kind(columns=513) == kind(columns=384) == "eager"
+        assert kind(dtype="float16") == "eager"  # the compiler has no way from it to another dtype
         assert kind(columns=384, attn_implementation="flash") == "flash"
         assert kind(attn_implementation="eager") == "eager"
         assert kind(columns=513, attn_implementation="flash") == "flash"  # by the kernel for many queries

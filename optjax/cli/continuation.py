@@ -109,12 +109,14 @@ class Continuation:
     def write(self, prompts: list[str]) -> None:
         """Prints the continuations of all prompts, batch after batch."""
         log, said = logging.getLogger("optjax.model"), AttentionSaid(self.stats.attention)
+        level = log.level
         log.setLevel(logging.INFO)
         log.addHandler(said)
         try:
             self._write(prompts)
         finally:
             log.removeHandler(said)
+            log.setLevel(level)
         if self.arguments.stats or (sys.stderr.isatty() and not self.arguments.quiet):
             terminal.note(str(self.stats))
 

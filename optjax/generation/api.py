@@ -23,7 +23,7 @@ from optjax.generation.prefix import check_prefix
 from optjax.generation.processors import check_own_processors
 from optjax.generation.settings import Settings, as_settings
 from optjax.generation.speculative import Progress, advance_round, begin, run_speculative
-from optjax.kernels.choice import attention_kind, spread_by_hand
+from optjax.kernels.choice import attention_kind, told
 from optjax.params import Params, as_key
 from optjax.placed import constrain
 from optjax.validate import as_ids, as_mask, check_params, check_rows_not_empty, is_concrete
@@ -241,7 +241,8 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
     if settings.guidance is not None and options.get("negative_prompt_ids") is not None:
         negative = _negative_prompts(config, ids.shape[0], int(max_new_tokens), options)
         settings = dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, **negative))
-    if settings.attn_implementation == "auto" and spread_by_hand(params):
+    every = [each for each in (params, assistant) if isinstance(each, Params)]
+    if any(told(each, settings.attn_implementation) == "eager" for each in every):
         settings = dataclasses.replace(settings, attn_implementation="eager")
     rows, t = ids.shape[0] * (1 if settings.guidance is None else 2), bucket(ids.shape[1])
     chunks = settings.prefill_chunk_size is not None and settings.prefill_chunk_size < t

@@ -12,9 +12,9 @@ import numpy as np
 from optjax.cache import Cache, init_cache
 from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.chunks import as_chunk_size, read
-from optjax.generation.prefix import Prefix, check_prefix, continued
+from optjax.generation.prefix import Prefix, abstract_cache, check_prefix, continued
 from optjax.heads import lm_logits
-from optjax.kernels.choice import attention_kind
+from optjax.kernels.choice import attention_kind, told
 from optjax.model import Inputs, decoder
 from optjax.params import Params
 from optjax.validate import (
@@ -81,17 +81,18 @@ def prefill(
         columns = int(max_length)
     if prefix is not None:
         queries = ids.shape[1] if chunk_size is None else min(chunk_size, ids.shape[1])
-        how = attn_implementation
-        kind = attention_kind(params, ids.shape[0], queries, cache=prefix.cache, attn_implementation=how)
-        return _prefill_after(params, ids, mask, prefix, columns, chunk_size, kind)
+        after = abstract_cache(params, prefix, ids.shape[0], columns)
+        attention_kind(params, ids.shape[0], queries, cache=after, attn_implementation=attn_implementation)
+        how = told(params, attn_implementation)
+        return _prefill_after(params, ids, mask, prefix, columns, chunk_size, how)
     check_positions(params.config, mask, None, cache, ids.shape)
     (b, t), no_past = ids.shape, cache is None
     if cache is None:
         cache = init_cache(params, b, columns, cache_dtype)
     queries = t if chunk_size is None else min(chunk_size, t)
     past, how = None if no_past and queries == t else cache, attn_implementation
-    kind = attention_kind(params, b, queries, cache=past, cache_dtype=cache.dtype, attn_implementation=how)
-    return _prefill(params, ids, mask, cache, chunk_size, kind, no_past)
+    attention_kind(params, b, queries, cache=past, cache_dtype=cache.dtype, attn_implementation=how)
+    return _prefill(params, ids, mask, cache, chunk_size, told(params, how), no_past)
 
 
 def _check_after(params: Params, prefix: Any, ids: Any, mask: Any) -> None:
@@ -128,8 +129,9 @@ def decode_step(
         raise ValueError(f"ids should be integers of shape {(cache.batch_size,)}, got {ids.dtype} {ids.shape}")
     if not isinstance(ids, jax.Array):
         check_range(ids, 0, params.config.vocab_size, "ids", "the vocabulary")
-    kind = attention_kind(params, ids.shape[0], 1, cache=cache, attn_implementation=attn_implementation)
-    return _decode_step(params, ids.astype(jnp.int32), cache, kind)
+    if attn_implementation != "auto":
+        attention_kind(params, ids.shape[0], 1, cache=cache, attn_implementation=attn_implementation)
+    return _decode_step(params, ids.astype(jnp.int32), cache, told(params, attn_implementation))
 
 
 @partial(jax.jit, donate_argnames="cache", static_argnames=("chunk_size", "kind", "no_past"))

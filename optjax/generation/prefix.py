@@ -124,6 +124,11 @@ def continued(params: Params, prefix: Prefix, rows: int, columns: int, has_prefi
     return grow_cache(cache, cache.max_length + columns, params.placement)
 
 
+def abstract_cache(params: Params, prefix: Prefix, rows: int, columns: int) -> Cache:
+    """What `continued` would make, as shapes alone."""
+    return jax.eval_shape(lambda prefix: continued(params, prefix, rows, columns), prefix)
+
+
 def before(prefix: Prefix | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Prompts ``[B, T]`` with the prefix before them, ``[B, P + T]``."""
     if prefix is None:

@@ -25,7 +25,8 @@ def read_prompts(
     b, t = ids.shape
     prefix = settings.prefix
     filled = t + (0 if prefix is None else prefix.columns)
-    room = good_columns(params.placement, filled + room) - filled
+    if settings.attention_of_steps != "eager":
+        room = good_columns(params.placement, filled + room) - filled
     if prefix is None:
         cache = init_cache(params, b, t + room, settings.cache_dtype)
     else:

@@ -24,7 +24,8 @@ IMPLEMENTATIONS = ("auto", "eager", "flash")
 # Scores of fewer queries are smaller than the queries, keys and values they are made of.
 MANY_QUERIES = 256
 
-# Over a cache of fewer columns a kernel saves less than it takes to start. It takes this many at a time, or a multiple.
+# Over a cache of fewer columns the kernel for few tokens saves less than it takes to start. It takes them by blocks,
+# which are multiples of so many.
 MANY_COLUMNS = 512
 LANES = 128
 
@@ -56,8 +57,9 @@ def attention_kind(
 
     ``"auto"``, the default but for training, is ``"flash"`` on TPU and GPU for 256 queries of a row and more, where the
     kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32). On TPU it is so
-    for up to 8 queries of a row, too, over a cache of 512 columns and more, as in a step of decoding: that kernel reads
-    the columns that a row has, no more. It is never so on CPU.
+    for up to 8 queries of a row, too, over a cache of 512 columns and more that are a multiple of 128, as in a step of
+    decoding (`generate` makes its cache so): that kernel reads the columns that a row has, no more. It is never so on
+    CPU. For forward-mode derivatives ask for ``"eager"``: kernels have none.
 
     Args:
       queries: T, the tokens of a row in this pass: those of a prompt, or of a record to train on; 1 of a step.
@@ -74,7 +76,7 @@ def attention_kind(
     if isinstance(cache, Cache):
         flat = flat_cache(cache, queries)
     else:
-        flat = (MANY_COLUMNS, params.dtype.itemsize) if has_past and queries <= FEW_QUERIES else None
+        flat = (MANY_COLUMNS, params.dtype) if has_past and queries <= FEW_QUERIES else None
     kind = settle(
         attn_implementation,
         params.config,
@@ -90,10 +92,10 @@ def attention_kind(
     return "eager" if kind == "eager" else "flash"
 
 
-def flat_cache(cache: Cache, queries: int) -> tuple[int, int] | None:
+def flat_cache(cache: Cache, queries: int) -> tuple[int, Any] | None:
     """``flat`` of `settle` for so many tokens a row."""
     fits = cache.layout == "flat" and queries <= FEW_QUERIES
-    return (cache.max_length, cache.dtype.itemsize) if fits else None
+    return (cache.max_length, cache.dtype) if fits else None
 
 
 def rounded_cache(dtype: Any) -> str | None:
@@ -102,6 +104,11 @@ def rounded_cache(dtype: Any) -> str | None:
     Tokens that are read into an empty int8 cache look at what it holds of them, as those that come later do.
     """
     return "the cache is int8" if dtype is not None and jnp.dtype(dtype) == jnp.int8 else None
+
+
+def told(params: Params, name: str) -> str:
+    """What a program is told of ``attn_implementation``: it settles ``"auto"`` by the shapes that it has itself."""
+    return "eager" if name == "auto" and spread_by_hand(params) else name
 
 
 def good_columns(placement: Placement | None, columns: int) -> int:
@@ -119,7 +126,7 @@ def settle(
     *,
     has_past: bool = False,
     one_column: bool = True,
-    flat: tuple[int, int] | None = None,
+    flat: tuple[int, Any] | None = None,
     odd: str | None = None,
     for_few: str | None = None,
     by_hand: bool = False,
@@ -128,8 +135,8 @@ def settle(
 
     Args:
       one_column: all rows' queries begin in the same column.
-      flat: the columns of the flat cache that few tokens are read over, and the bytes of its numbers: ``"decode"`` is
-        the kernel for that.
+      flat: the columns of the flat cache that few tokens are read over, and its dtype: ``"decode"`` is the kernel for
+        that.
       odd: what else is asked for that no kernel does, in words.
       for_few: and what only the kernel for few tokens does.
       by_hand: the params are spread over devices that no placement knows of.
@@ -173,21 +180,24 @@ def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_colum
     return None
 
 
-def _has_kernel_for_few(config, placement, dtype, tokens: int, flat: tuple[int, int], on: str) -> bool:
+def _has_kernel_for_few(config, placement, dtype, tokens: int, flat: tuple[int, Any], on: str) -> bool:
+    columns, cache_dtype = flat
     if on != "tpu" or jnp.dtype(dtype).name not in _DTYPES[on]:
+        return False
+    if jnp.dtype(cache_dtype).name not in (*_DTYPES[on], "int8"):
         return False
     from optjax.kernels.decode import fits
 
     if placement is not None and placement.shards("cache_length") > 1:
         return False
     heads = config.num_attention_heads // parts(placement, config.num_attention_heads, "heads")
-    columns, itemsize = flat
-    return fits(tokens, heads, config.head_dim, columns, jnp.dtype(dtype).itemsize, itemsize)
+    sizes = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
+    return fits(tokens, heads, config.head_dim, columns, *sizes)
 
 
 def spread_by_hand(params: Params) -> bool:
     """Whether arrays lie on several devices of which ``params.placement`` knows nothing; no kernel is split then."""
-    if params.placement is not None:
+    if params.placement is not None or jax.device_count() == 1:
         return False
     leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)]
     return any(len(leaf.sharding.device_set) > 1 for leaf in leaves)

@@ -120,7 +120,7 @@ def fits(tokens: int, heads: int, head_dim: int, columns: int, itemsize: int, ca
         return False
     rows = tokens * heads_in_rows(heads)
     held = 4 * block * width * cache_itemsize  # the block that is computed, and the one that comes
-    held += 2 * block * width * itemsize * (itemsize != cache_itemsize)  # cast
+    held += block * width * itemsize * (itemsize != cache_itemsize)  # keys, or values, as they are cast
     held += rows * width * (itemsize + 2 * 4)  # queries of all heads, sums, and what is added to them
     held += 3 * rows * block * 4  # scores and weights
     return held <= _MEMORY

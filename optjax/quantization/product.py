@@ -36,7 +36,8 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
     and the codes is kept for it.
     """
     if weight.column_scales is not None:
-        x = (x * weight.column_scales).astype(x.dtype)
+        scaled = x * weight.column_scales
+        x = scaled if on == "cpu" and not spread else scaled.astype(x.dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if on == "cpu" and not spread:
         form = _int8_in_blocks if weight.kind == "int8" else _groups_in_blocks
