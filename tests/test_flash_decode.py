@@ -12,7 +12,7 @@ from hf_models import padded_masks, params_from, random_config, state_of, torch_
 import optjax
 from optjax.attention import attend as attend_plainly
 from optjax.cache_codes import Codes, encode
-from optjax.generation import prompt
+from optjax.generation import prompt, speculative
 from optjax.kernels import choice, decode
 from optjax.kernels.choice import interpreted
 from optjax.sharding import make_mesh
@@ -272,8 +272,11 @@ def test_columns_are_those_of_blocks(monkeypatch):
     params, _, ids, mask = model(7)
     seen = []
     init_cache = prompt.init_cache
-    monkeypatch.setattr(prompt, "init_cache", lambda *sizes: seen.append(sizes[2]) or init_cache(*sizes))
+    for module in (prompt, speculative):
+        monkeypatch.setattr(module, "init_cache", lambda *sizes: seen.append(sizes[2]) or init_cache(*sizes))
     monkeypatch.setattr(choice, "MANY_COLUMNS", 16)
     with interpreted("tpu"):
         optjax.generate(params, ids, attention_mask=mask, max_new_tokens=3)
-    assert seen == [128]
+        assert seen == [128]
+        optjax.generate(params, ids, attention_mask=mask, max_new_tokens=3, assistant_model=params)
+    assert seen == [128] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,10 +63,8 @@ def lazy_params(
         if made is None:
             return lazy(ref, ref.dtype if dtype is None else dtype)
         if held is not None:
-            scales, columns = (
-                opened.plan.scales[weight.path, layer],
-                opened.plan.column_scales.get((weight.path, layer)),
-            )
+            scales = opened.plan.scales[weight.path, layer]
+            columns = opened.plan.column_scales.get((weight.path, layer))
             return dataclasses.replace(
                 made,
                 values=lazy(ref, ref.dtype),
@@ -73,12 +72,17 @@ def lazy_params(
                 column_scales=None if columns is None else lazy(columns, columns.dtype),
                 dtype=meant,
             )
-        own, columns = LazyQuantized(ref, made.kind, made.group_size, is_table(weight), advance), made.column_scales
+        own = LazyQuantized(ref, made.kind, made.group_size, is_table(weight), advance)
+
+        def read(name: str) -> LazyTensor | None:
+            like = getattr(made, name)
+            return None if like is None else LazyTensor(like.shape, like.dtype, partial(own.read_scales, name))
+
         return dataclasses.replace(
             made,
-            column_scales=None if columns is None else LazyTensor(columns.shape, columns.dtype, own.read_column_scales),
             values=LazyTensor(made.values.shape, made.values.dtype, own.read_values),
-            scales=LazyTensor(made.scales.shape, made.scales.dtype, own.read_scales),
+            scales=read("scales"),
+            column_scales=read("column_scales"),
             dtype=meant,
         )
 

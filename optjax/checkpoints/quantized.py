@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -141,28 +141,19 @@ class LazyQuantized:
     group_size: int
     table: bool
     advance: Callable[[int], None]
-    scales: np.ndarray | None = None
-    column_scales: np.ndarray | None = None
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
 
     def read_values(self) -> np.ndarray:
         array = jnp.asarray(self.ref.read())
         how = {"kind": self.kind, "group_size": self.group_size, "native": False, "table": self.table}
         made = encode_placed(array, dtype=array.dtype, **how)
         self.advance(self.ref.nbytes)
-        self.scales = np.asarray(made.scales)
-        self.column_scales = np.asarray(made.column_scales) if self.table else None
+        parts = {"scales": made.scales, "column_scales": made.column_scales}
+        self.kept = {name: np.asarray(part) for name, part in parts.items() if part is not None}
         return np.asarray(made.values)
 
-    def read_scales(self) -> np.ndarray:
-        if self.scales is None:
+    def read_scales(self, name: str) -> np.ndarray:
+        """``"scales"`` or ``"column_scales"``, each once."""
+        if name not in self.kept:
             self.read_values()
-        kept, self.scales = self.scales, None
-        assert kept is not None
-        return kept
-
-    def read_column_scales(self) -> np.ndarray:
-        if self.column_scales is None:
-            self.read_values()
-        kept, self.column_scales = self.column_scales, None
-        assert kept is not None
-        return kept
+        return self.kept.pop(name)

@@ -25,8 +25,7 @@ def read_prompts(
     b, t = ids.shape
     prefix = settings.prefix
     filled = t + (0 if prefix is None else prefix.columns)
-    if settings.attention_of_steps != "eager":
-        room = good_columns(params.placement, filled + room) - filled
+    room = good_columns(params.placement, filled + room, settings.attention_of_steps) - filled
     if prefix is None:
         cache = init_cache(params, b, t + room, settings.cache_dtype)
     else:

@@ -34,6 +34,7 @@ from optjax.generation.prompt_lookup import look_up
 from optjax.generation.settings import Settings
 from optjax.generation.stop_strings import find_stops
 from optjax.heads import lm_logits
+from optjax.kernels.choice import good_columns
 from optjax.model import Inputs, decoder
 from optjax.params import Params, unstack_layers
 from optjax.placed import constrain, platform
@@ -97,7 +98,8 @@ def begin(params: Params, ids, mask, settings: Settings, key, max_new_tokens, *,
             # It has not read the prefix.
             ids, mask = right_aligned(*before(settings.prefix, *right_aligned(ids, mask)))
             b, t = ids.shape
-            empty = init_cache(spec.assistant, b, t + columns, settings.cache_dtype)
+            columns = good_columns(spec.assistant.placement, t + columns, settings.attention_of_steps)
+            empty = init_cache(spec.assistant, b, columns, settings.cache_dtype)
             how = {"keep": False, "attn_implementation": settings.attn_implementation, "no_past": True}
             _, draft_cache = read(spec.assistant, ids, mask, empty, settings.prefill_chunk_size, **how)
             if settings.num_return_sequences > 1:

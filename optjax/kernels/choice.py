@@ -111,9 +111,11 @@ def told(params: Params, name: str) -> str:
     return "eager" if name == "auto" and spread_by_hand(params) else name
 
 
-def good_columns(placement: Placement | None, columns: int) -> int:
-    """So many columns of a cache or a few more, so that a kernel for few tokens can read it."""
-    unit = LANES if kernel_platform(placement) == "tpu" and columns >= MANY_COLUMNS else 1
+def good_columns(placement: Placement | None, columns: int, name: str) -> int:
+    """So many columns of a cache or a few more, so that the kernel for few tokens can read it, unless by ``name`` none
+    will."""
+    wanted = name != "eager" and kernel_platform(placement) == "tpu" and columns >= MANY_COLUMNS
+    unit = LANES if wanted else 1
     return -(-columns // unit) * unit
 
 
