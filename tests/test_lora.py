@@ -109,7 +109,8 @@ def test_a_quantized_base_is_its_dequantized_one(kind, tmp_path):
     model = load(plain, tmp_path / "adapter")
     adapted = optjax.with_adapters(params, made)
     assert adapted.quantization == params.quantization
-    assert_close(ours(adapted, ids, mask)[0], outputs(model, ids, mask)[0], mask)
+    # On a CPU int8 codes, which tables are of both kinds, are multiplied in digits.
+    assert_close(ours(adapted, ids, mask)[0], outputs(model, ids, mask)[0], mask, 2**-13)
     with pytest.raises(ValueError, match=f"quantized to {kind}, and what is merged would be lost"):
         optjax.merge_adapters(params, made)
 

@@ -131,7 +131,8 @@ def test_eight_devices_compute_what_one_does(quantization):
     spread = optjax.quantize(params, quantization)
     ids = np.random.default_rng(0).integers(0, 64, size=(4, 8))
     found, wanted = (optjax.causal_lm(params, ids).logits for params in (spread, alone))
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    # One CPU multiplies int8 codes, which tables are of every kind, in digits; several do in float32.
+    np.testing.assert_allclose(found, wanted, atol=2**-13 * float(jnp.abs(wanted).max()))
     made = [optjax.generate(params, ids, max_new_tokens=4, eos_token_id=[]) for params in (spread, alone)]
     np.testing.assert_array_equal(*made)
 

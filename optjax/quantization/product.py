@@ -4,8 +4,9 @@ A scale that all inputs of an output share is multiplied onto the product. What 
 
 - TPU, int8 and int4: a cast to bfloat16 is fused into the matrix product. The scales of groups would be spread over
   the matrix off the matrix unit; for few rows each group has a small product of its own, and its scales go onto that.
-- CPU, and nf4: what is read is written out before a product. So a loop decodes a block at a time, which stays in the
-  processor's cache, or the TPU's fast memory.
+- CPU, int8: in integers (`optjax.quantization.int8_on_cpu`).
+- 4 bits on a CPU, and nf4: what is read is written out before a product. So a loop decodes a block at a time, which
+  stays in the processor's cache, or the TPU's fast memory.
 """
 
 from __future__ import annotations
@@ -17,12 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from optjax.quantization.codes import decode_4bit
+from optjax.quantization.int8_on_cpu import BLOCK, FEW_ROWS, int8_product
 from optjax.quantization.weight import QuantizedWeight
-
-# Up to this many rows a product with a weight takes as long as reading the weight.
-FEW_ROWS = 32
-# Numbers in a block on the CPU: a megabyte in float32, or four where a block serves many rows.
-BLOCK = 1 << 18
 
 
 def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = False) -> jax.Array:
@@ -40,8 +37,12 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
         x = scaled if on == "cpu" and not spread else scaled.astype(x.dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if on == "cpu" and not spread:
-        form = _int8_in_blocks if weight.kind == "int8" else _groups_in_blocks
-        return form(flat.astype(jnp.promote_types(x.dtype, jnp.float32)), weight).reshape(*x.shape[:-1], -1)
+        flat = flat.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if weight.kind == "int8":
+            y = int8_product(flat, weight.values) * weight.scales
+        else:
+            y = _groups_in_blocks(flat, weight)
+        return y.reshape(*x.shape[:-1], -1)
     if alone := on == "tpu" and flat.shape[0] == 1:
         flat = jnp.pad(flat, ((0, 7), (0, 0)))  # a product with one row would not go to the matrix unit
     if weight.kind == "int8" or weight.native or spread:
@@ -77,26 +78,6 @@ def _split(x: jax.Array, weight: QuantizedWeight) -> list[jax.Array]:
     parts = 1 if weight.native else 2
     x = x.reshape(x.shape[0], groups, parts, size // parts)
     return [x[:, :, i] for i in range(parts)]
-
-
-def _int8_in_blocks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    rows, (n_out, n_in) = x.shape[0], weight.shape
-    if rows == 1:
-        # Multiplied and summed while it is read; a matrix product would be a call, with its operands in memory.
-        return jax.checkpoint(lambda x, values: (values.astype(x.dtype) * x).sum(-1))(x, weight.values) * weight.scales
-    size = min(n_out, max(8, BLOCK * (1 if rows <= FEW_ROWS else 4) // n_in))
-
-    @jax.checkpoint
-    def block(x: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(values, start, size).astype(x.dtype)
-        return jnp.einsum("oi,ri->or", part, x)
-
-    def step(i, y):
-        start = jnp.minimum(i * size, n_out - size)  # the last block may overlap the one before
-        return jax.lax.dynamic_update_slice_in_dim(y, block(x, weight.values, start), start, 0)
-
-    y = jax.lax.fori_loop(0, -(-n_out // size), step, jnp.zeros((n_out, rows), x.dtype))
-    return y.T * weight.scales
 
 
 def _groups_in_blocks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
