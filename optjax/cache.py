@@ -87,7 +87,8 @@ def init_cache(
     Args:
       params: the params, or their config.
       dtype: of keys and values; the params' by default (float32 for a config). ``"int8"`` quantizes each head of each
-        token as it is written, and takes 1 + 4/K bytes a number.
+        token as it is written, and takes 1 + 4/K bytes a number. On a CPU 16 bits are slow: XLA widens all of them at
+        each step.
       layout: ``"heads"`` or ``"flat"``; by default the one for the params' devices.
 
     For params on a mesh the cache lies there too: rows as the batch does, heads and columns by their own rules.
@@ -125,6 +126,14 @@ def init_cache(
     keys, values = (tuple(buffer() for _ in range(config.num_hidden_layers)) for _ in range(2))
     mask, lengths = zeros((b, s), ("batch", None), bool), zeros((b,), ("batch",), jnp.int32)
     return Cache(keys, values, mask, lengths, zeros((), (), jnp.int32), layout)
+
+
+def own_cache(params: Params, batch_size: int, max_length: int, dtype: Any = None) -> Cache:
+    """`init_cache` as `generate` and others have it for themselves: on one CPU at least float32, unless told."""
+    placement = params.placement
+    if dtype is None and platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1):
+        dtype = jnp.promote_types(params.dtype, jnp.float32)
+    return init_cache(params, batch_size, max_length, dtype)
 
 
 def cache_axes(layout: str, batch_size: int) -> tuple[str | None, ...]:

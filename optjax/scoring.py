@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.cache import init_cache
+from optjax.cache import own_cache
 from optjax.generation.buckets import bucket
 from optjax.generation.chunks import as_chunk_size, read
 from optjax.generation.draw import most_probable
@@ -179,7 +179,7 @@ def _score(
     if prefix is not None:
         x, _ = read(params, ids, mask, continued(params, prefix, b, t), chunk_size, attn_implementation=kind)
     elif chunk_size is not None and chunk_size < t:
-        x, _ = read(params, ids, mask, init_cache(params, b, t), chunk_size, attn_implementation=kind)
+        x, _ = read(params, ids, mask, own_cache(params, b, t), chunk_size, attn_implementation=kind)
     else:
         x = decoder(params, Inputs(ids=ids, mask=mask, attn_implementation=kind)).last_hidden_state
     # What stands in column c is predicted in column c - 1; before a row's first token there is nothing, or the prefix.

@@ -116,3 +116,23 @@ def test_a_cache_of_another_dtype():
         assert out.cache.keys[0].dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
         error = np.abs(out.logits[:, 0] - exact[:, 7]).max()
         assert 0 < error < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_loops_on_a_cpu_keep_float32(dtype):
+    """Their keys and values are those of 16 bits, held in 32: a step copies none of them, and rounds once less."""
+    params = params_from(state_of(torch_model(CONFIG, "causal_lm", seed=8)), CONFIG, "causal_lm", dtype)
+    assert optjax.read_prefix(params, IDS[:1, :3]).cache.dtype == jnp.float32
+    exact = optjax.causal_lm(jax.tree.map(lambda x: x.astype(jnp.float32), params), IDS).logits[:, -1]
+    errors = {}
+    for kept in (None, dtype):
+        logits, cache = optjax.prefill(params, IDS[:, :7], max_length=64, cache_dtype=kept)
+        assert cache.dtype == (jnp.float32 if kept is None else dtype)
+        step = jax.jit(optjax.decode_step).lower(params, IDS[:, 7], cache)
+        heads = f"[3,{CONFIG.num_attention_heads},64,{CONFIG.head_dim}]"
+        text = step.compile().as_text()
+        assert (f"bf16{heads}" in text or f"f16{heads}" in text) == (kept is not None)
+        logits, _ = optjax.decode_step(params, IDS[:, 7], cache)
+        assert logits.dtype == jnp.float32
+        errors[kept] = np.sqrt(np.mean((logits - exact) ** 2))
+    assert 0 < errors[None] < 1.2 * errors[dtype] < 0.05 * np.abs(exact).max()

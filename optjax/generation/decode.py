@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.cache import Cache, init_cache
+from optjax.cache import Cache, own_cache
 from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.chunks import as_chunk_size, read
 from optjax.generation.prefix import Prefix, abstract_cache, check_prefix, continued
@@ -88,7 +88,7 @@ def prefill(
     check_positions(params.config, mask, None, cache, ids.shape)
     (b, t), no_past = ids.shape, cache is None
     if cache is None:
-        cache = init_cache(params, b, columns, cache_dtype)
+        cache = own_cache(params, b, columns, cache_dtype)
     queries = t if chunk_size is None else min(chunk_size, t)
     past, how = None if no_past and queries == t else cache, attn_implementation
     attention_kind(params, b, queries, cache=past, cache_dtype=cache.dtype, attn_implementation=how)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.cache import Cache, grow_cache, init_cache, reorder_cache
+from optjax.cache import Cache, grow_cache, own_cache, reorder_cache
 from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.aligned import right_aligned
 from optjax.generation.buckets import pad_to_bucket
@@ -86,7 +86,7 @@ def read_prefix(
 def _read_prefix(params: Params, ids, mask, *, dtype: Any, chunk_size: int | None, kind: str) -> Prefix:
     ids, mask = right_aligned(jnp.asarray(ids), jnp.asarray(mask))
     rows, columns = ids.shape
-    empty, how = init_cache(params, rows, columns, dtype), {"attn_implementation": kind, "no_past": True}
+    empty, how = own_cache(params, rows, columns, dtype), {"attn_implementation": kind, "no_past": True}
     hidden, cache = read(params, ids, mask, empty, chunk_size, **how)
     return Prefix(cache, ids, hidden)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from optjax.cache import Cache, init_cache
+from optjax.cache import Cache, own_cache
 from optjax.generation.chunks import read
 from optjax.generation.prefix import continued
 from optjax.generation.settings import Settings
@@ -27,7 +27,7 @@ def read_prompts(
     filled = t + (0 if prefix is None else prefix.columns)
     room = good_columns(params.placement, filled + room, settings.attention_of_steps) - filled
     if prefix is None:
-        cache = init_cache(params, b, t + room, settings.cache_dtype)
+        cache = own_cache(params, b, t + room, settings.cache_dtype)
     else:
         has_prefix = None if settings.guidance is None else jnp.arange(b) < b // 2
         cache = continued(params, prefix, b, t + room, has_prefix)

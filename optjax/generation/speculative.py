@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optjax.cache import Cache, init_cache, reorder_cache
+from optjax.cache import Cache, own_cache, reorder_cache
 from optjax.generation.accept import accept_draws, accept_greedy
 from optjax.generation.aligned import right_aligned
 from optjax.generation.chunks import read
@@ -99,7 +99,7 @@ def begin(params: Params, ids, mask, settings: Settings, key, max_new_tokens, *,
             ids, mask = right_aligned(*before(settings.prefix, *right_aligned(ids, mask)))
             b, t = ids.shape
             columns = good_columns(spec.assistant.placement, t + columns, settings.attention_of_steps)
-            empty = init_cache(spec.assistant, b, columns, settings.cache_dtype)
+            empty = own_cache(spec.assistant, b, columns, settings.cache_dtype)
             how = {"keep": False, "attn_implementation": settings.attn_implementation, "no_past": True}
             _, draft_cache = read(spec.assistant, ids, mask, empty, settings.prefill_chunk_size, **how)
             if settings.num_return_sequences > 1:
