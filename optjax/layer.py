@@ -189,8 +189,13 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
         return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
     if on == "cpu":
         return _linear_on_cpu(x, weight, bias).astype(dtype)
-    *lead, _ = x.shape
-    alone = on == "tpu" and math.prod(lead) == 1
+    *lead, n_in = x.shape
+    alone = math.prod(lead) == 1
+    if alone and on == "gpu" and dtype != x.dtype:
+        # cuBLAS multiplies no vector into a wider type: XLA would write a copy of W in that type first.
+        y = (weight.astype(dtype) * x.reshape(n_in).astype(dtype)).sum(-1).reshape(*lead, -1)
+        return y if bias is None else y + bias.astype(dtype)
+    alone = alone and on == "tpu"
     if alone:
         # A product with a vector would be multiplied and summed off the matrix unit, which takes three times as long.
         x = jnp.pad(x.reshape(1, -1), ((0, 7), (0, 0)))

@@ -1,6 +1,6 @@
 """Decoding as the TPU compiler sees it: two layers of OPT-1.3b's width in bfloat16, for a v5e that is not there.
 
-Needs the libtpu wheel (``pip install 'jax[tpu]'``), and no TPU: nothing is run.
+Needs the libtpu wheel (``pip install 'jax[tpu]'``), and no TPU: nothing is run. Some is for a GPU, by its compiler.
 """
 
 from __future__ import annotations
@@ -62,6 +62,15 @@ def test_an_int8_cache_is_read_as_it_is(programs, chip):
     assert codes["cache"] <= 0.55 * floats["cache"]
     saved = floats["arguments"] - codes["arguments"]
     assert saved == pytest.approx(floats["cache"] - codes["cache"], rel=0.01)
+
+
+@pytest.mark.parametrize("weights", ["plain", "int8"])
+def test_one_row_on_a_gpu_copies_no_weight(programs, weights):
+    """With or without XLA's Triton products. cuBLAS alone would have the table in float32, and all codes."""
+    if "h100 one row plain" not in programs:
+        pytest.skip("no GPU compiler: the jax-cuda12-pjrt wheel is not installed")
+    assert programs[f"h100 one row {weights}"]["temporary"] < 10e6
+    assert programs[f"h100 one row {weights}, cuBLAS"]["temporary"] < 10e6
 
 
 def test_an_int8_cache_takes_less_time(programs):
@@ -162,6 +171,15 @@ def main() -> None:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((empty.keys, empty.values)))
         compiled = _decode_step.lower(params, ids, place(empty), "eager").compile()
         found[f"{name.split(':')[0]} {dtype}"] = report(compiled) | {"cache": size}
+        if name == "v5e:1x1":
+            continue
+        weights = {"bfloat16": "plain"}.get(dtype, dtype)
+        params = params if weights == "plain" else optjax.quantize(params, weights)
+        one = jax.eval_shape(lambda: optjax.init_cache(config, 1, COLUMNS, jnp.bfloat16, layout=layout))  # noqa: B023
+        ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=there)
+        step = _decode_step.lower(params, ids, place(one), "eager")
+        found[f"h100 one row {weights}"] = report(step.compile())
+        found[f"h100 one row {weights}, cuBLAS"] = report(step.compile({"xla_gpu_enable_triton_gemm": False}))
     print(json.dumps(found))
 
 

@@ -43,6 +43,8 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
         else:
             y = _groups_in_blocks(flat, weight)
         return y.reshape(*x.shape[:-1], -1)
+    if on == "gpu" and flat.shape[0] == 1 and weight.kind == "int8" and not spread:
+        return (jax.checkpoint(_vector)(flat, weight.values) * weight.scales).reshape(*x.shape[:-1], -1)
     if alone := on == "tpu" and flat.shape[0] == 1:
         flat = jnp.pad(flat, ((0, 7), (0, 0)))  # a product with one row would not go to the matrix unit
     if weight.kind == "int8" or weight.native or spread:
@@ -52,6 +54,11 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
         y = _groups_in_blocks(flat, weight)
     y = y[:1] if alone else y
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _vector(x: jax.Array, values: jax.Array) -> jax.Array:
+    """Multiplied and summed as it is read: cuBLAS would have a copy of the codes in float32."""
+    return (values.astype(jnp.float32) * x.astype(jnp.float32)).sum(-1)
 
 
 def _whole(x: jax.Array, weight: QuantizedWeight, dtype: Any) -> jax.Array:
