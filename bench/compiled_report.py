@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -37,12 +38,23 @@ def markdown(known: list[dict[str, Any]]) -> str:
     lines += [ABOUT.format(context=" or ".join(map(str, contexts)))]
     rows = {case: whole(case, found) for case in found if case.layers == 2 and replace(case, layers=4) in found}
     shown = [case for case in rows if case.side != "products"]
-    lines += [*_summary(rows), ""]
-    for chip in SLICES:
-        own = [case for case in shown if case.chip == chip]
+    for context in contexts:
+        lines += [
+            f"{context} columns:",
+            "",
+            *_summary({c: each for c, each in rows.items() if c.context == context}),
+            "",
+        ]
+    for chip, context in itertools.product(SLICES, contexts):
+        own = [case for case in shown if (case.chip, case.context) == (chip, context)]
         if own:
-            lines += [f"## {chip}", "", f"| {' | '.join(COLUMNS)} |", "|-" + "|-:" * (len(COLUMNS) - 1) + "|"]
-            order = sorted(own, key=lambda c: (_number(c.size), c.batch, c.context, c.side != "optjax", str(c)))
+            lines += [
+                f"## {chip}, {context} columns",
+                "",
+                f"| {' | '.join(COLUMNS)} |",
+                "|-" + "|-:" * (len(COLUMNS) - 1) + "|",
+            ]
+            order = sorted(own, key=lambda c: (_number(c.size), c.batch, c.side != "optjax", str(c)))
             lines += [f"| {' | '.join(_row(case, rows))} |" for case in order]
             lines += [""]
     checked = list(_checks(found, rows))
@@ -65,12 +77,12 @@ def _summary(rows: dict[Case, dict[str, Any]]) -> Iterator[str]:
     ours = {case: time for case, time in times.items() if case.side == "optjax"}
     theirs = [times[flax] / time for case, time in ours.items() if (flax := replace(case, side="flax")) in times]
     if theirs:
-        yield f"FlaxOPT's step is estimated at {min(theirs):.2f} to {max(theirs):.2f} times optjax's."
+        yield f"- FlaxOPT's step is estimated at {min(theirs):.2f} to {max(theirs):.2f} times optjax's."
     many = {case: time for case, time in ours.items() if case.batch >= 8}
     bare = {case: times.get(replace(case, side="products"), 0.0) for case in many}
     near = [time <= 1.25 * max(least_seconds(case, rows[case]), bare[case]) for case, time in many.items()]
     if near:
-        yield f"With 8 rows or more {sum(near)} of {len(near)} are within 1.25 × the roofline, or 1.25 × the products."
+        yield f"- With 8 rows or more {sum(near)} of {len(near)} are within 1.25 × roofline or products."
 
 
 def whole(case: Case, found: dict[Case, dict[str, Any]], layers: int | None = None) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from functools import partial
 from typing import Any
 
 SLICES = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100:1"}
-# Without a GPU to try them on, Triton's kernels would be chosen blindly: cuBLAS multiplies.
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 DEAREST = 3
 
 
@@ -81,8 +79,7 @@ def look(case: Case) -> dict[str, Any]:
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=donated).lower(*placed)
-    options: Any = GPU_OPTIONS if gpu else None
-    compiled = lowered.compile(compiler_options=options)
+    compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
     found = {
         "temporaries": memory.temp_size_in_bytes,

@@ -1,6 +1,6 @@
 """A decode step of optjax beside FlaxOPT's, as the compilers of TPU and GPU see them, for chips that are not here.
 
-    python -m bench.decode_compiled                        # all sizes, chips and batches: an hour or two on two cores
+    python -m bench.decode_compiled                        # all sizes, chips, batches, contexts: two hours on two cores
     python -m bench.decode_compiled --sizes 1.3b --chips v5e --batches 8
     python -m bench.decode_compiled --quantization int8 --sides optjax
     python -m bench.decode_compiled --whole --sizes 1.3b   # also compiles all layers, to check the extrapolation
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chips", nargs="+", choices=list(SLICES), default=[chip for chip in SLICES if _has(chip)])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--context", type=int, default=2048, help="columns of the cache")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048], help="columns of the cache")
     parser.add_argument("--quantization", help="of optjax's weights: int8, int4 or nf4")
     parser.add_argument("--cache-dtype", help="of optjax's cache; by default bfloat16")
     parser.add_argument("--whole", action="store_true", help="also compile all layers")
@@ -84,8 +84,10 @@ def groups(args: argparse.Namespace, done: list[Case]) -> Iterator[list[Case]]:
         options: dict[str, Any] = dict(quantization=args.quantization, cache_dtype=args.cache_dtype)
         own = options if side == "optjax" else {}
         cases = [
-            Case(side, size, chip, batch, args.context, layers, **own)
-            for chip, batch, layers in itertools.product(args.chips, args.batches, (*LAYERS, *[whole] * args.whole))
+            Case(side, size, chip, batch, context, layers, **own)
+            for chip, batch, context, layers in itertools.product(
+                args.chips, args.batches, args.contexts, (*LAYERS, *[whole] * args.whole)
+            )
         ]
         # On a GPU nothing is estimated, of which plain products would be the measure.
         cases = [case for case in cases if case not in done and (side, case.chip) != ("products", "h100")]

@@ -34,7 +34,16 @@ def test_the_page_counts_all_layers():
     assert rows[1][3] == "24.00" and rows[1][5:7] == ["2.40", "2.00"]
     assert rows[2] == ["125m, batch 8, optjax, v5e", "12.20", "12.00"]
     assert "estimated at 2.00 to 2.00 times optjax's" in page
+    assert "## v5e, 2048 columns" in page
     assert "With 8 rows or more 1 of 1 are within 1.25" in page
+
+
+def test_contexts_have_tables_of_their_own():
+    figures = dict(weights=10**8, cache=10**8, peak=1, temporaries=10**6)
+    cases = [Case("optjax", "125m", "h100", 8, context, layers) for context in (512, 2048) for layers in (2, 4)]
+    page = markdown([{"case": asdict(case), "found": {**figures, "weights": case.context * 10**6}} for case in cases])
+    first, second = page.split("## h100, 512 columns")[1].split("## h100, 2048 columns")
+    assert "| 125m, batch 8, optjax | 0.61 |" in first and "| 125m, batch 8, optjax | 2.15 |" in second
 
 
 def test_what_was_refused_is_said():
