@@ -121,7 +121,8 @@ def test_a_cache_of_another_dtype():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_loops_on_a_cpu_keep_float32(dtype):
     """Their keys and values are those of 16 bits, held in 32: a step copies none of them, and rounds once less."""
-    params = params_from(state_of(torch_model(CONFIG, "causal_lm", seed=8)), CONFIG, "causal_lm", dtype)
+    params = params_from(state_of(torch_model(CONFIG, "causal_lm", seed=8)), CONFIG, "causal_lm")
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     assert optjax.read_prefix(params, IDS[:1, :3]).cache.dtype == jnp.float32
     exact = optjax.causal_lm(jax.tree.map(lambda x: x.astype(jnp.float32), params), IDS).logits[:, -1]
     errors = {}
