@@ -14,7 +14,7 @@ from optjax.attention import attend as attend_plainly
 from optjax.cache_codes import Codes, encode
 from optjax.generation import prompt, speculative
 from optjax.kernels import choice, decode
-from optjax.kernels.choice import interpreted
+from optjax.kernels.choice import MANY_COLUMNS, good_columns, interpreted
 from optjax.sharding import make_mesh
 
 # Five blocks of 128.
@@ -271,12 +271,29 @@ def test_columns_are_those_of_blocks(monkeypatch):
     """Whatever is asked for: `generate` makes the cache as the kernel can read it."""
     params, _, ids, mask = model(7)
     seen = []
-    init_cache = prompt.init_cache
+    own_cache = prompt.own_cache
     for module in (prompt, speculative):
-        monkeypatch.setattr(module, "init_cache", lambda *sizes: seen.append(sizes[2]) or init_cache(*sizes))
+        monkeypatch.setattr(module, "own_cache", lambda *sizes: seen.append(sizes[2]) or own_cache(*sizes))
     monkeypatch.setattr(choice, "MANY_COLUMNS", 16)
     with interpreted("tpu"):
         optjax.generate(params, ids, attention_mask=mask, max_new_tokens=3)
         assert seen == [128]
         optjax.generate(params, ids, attention_mask=mask, max_new_tokens=3, assistant_model=params)
     assert seen == [128] * 3
+
+
+@pytest.mark.parametrize(
+    ("on", "columns", "name", "wanted"),
+    [
+        ("tpu", 700, "auto", 768),
+        ("tpu", 700, "flash", 768),
+        ("tpu", 768, "auto", 768),
+        ("tpu", 700, "eager", 700),
+        ("tpu", MANY_COLUMNS - 1, "auto", MANY_COLUMNS - 1),
+        ("gpu", 700, "auto", 700),
+        ("cpu", 700, "auto", 700),
+    ],
+)
+def test_columns_are_rounded_for_the_kernel_alone(monkeypatch, on, columns, name, wanted):
+    monkeypatch.setattr(choice, "kernel_platform", lambda placement: on)
+    assert good_columns(None, columns, name) == wanted
