@@ -31,7 +31,7 @@ def key_products(q: jax.Array, k: Buffer, on_cpu: bool = False) -> jax.Array:
         else:
             scores = jnp.einsum("...thk,...hsk->...hts", q, k.codes.astype(q.dtype), preferred_element_type=jnp.float32)
         return scores * k.scales[..., None, :]
-    q, k = _alike(q, k, on_cpu)
+    q, k = _alike(q, k, on_cpu and q.shape[-3] <= FEW_QUERIES)
     if on_cpu and q.shape[-3] > 1:
         return _key_products_on_cpu(q, k)
     return jnp.einsum("...thk,...hsk->...hts", q, k, preferred_element_type=jnp.float32)
@@ -45,15 +45,15 @@ def value_products(weights: jax.Array, v: Buffer, dtype: Any, on_cpu: bool = Fal
             out = _by_part(lambda weights, v: jnp.einsum("hts,hsk->htk", weights, v), weights, v.codes)
             return out.swapaxes(-2, -3).astype(dtype)
         return jnp.einsum("...hts,...hsk->...thk", weights.astype(dtype), v.codes.astype(dtype))
-    weights, v = _alike(weights.astype(dtype), v, on_cpu)
+    weights, v = _alike(weights.astype(dtype), v, on_cpu and weights.shape[-2] <= FEW_QUERIES)
     if on_cpu and weights.shape[-2] > 1:
         return _apart(jnp.einsum("...hts,...hsk->...htk", weights, v)).swapaxes(-2, -3).astype(dtype)
     return jnp.einsum("...hts,...hsk->...thk", weights, v).astype(dtype)
 
 
-def _alike(x: jax.Array, kept: jax.Array, on_cpu: bool) -> tuple[jax.Array, jax.Array]:
-    """Both in the dtype of x; on a CPU in the wider one, as it would write a narrower copy of all that is kept."""
-    dtype = jnp.promote_types(x.dtype, kept.dtype) if on_cpu else x.dtype
+def _alike(x: jax.Array, kept: jax.Array, widen: bool) -> tuple[jax.Array, jax.Array]:
+    """Both in the dtype of x; or in the wider one: few queries are not worth a narrower copy of all that is kept."""
+    dtype = jnp.promote_types(x.dtype, kept.dtype) if widen else x.dtype
     return x.astype(dtype), kept.astype(dtype)
 
 
