@@ -1,5 +1,6 @@
 """The launchers, with stand-ins for gcloud, ssh, srun and Python that write down what they are asked."""
 
+import contextlib
 import json
 import os
 import signal
@@ -116,24 +117,61 @@ exec sleep 30
             assert r"--run a\ b" in call
 
 
+def slowly(script: str, tmp_path: Path, monkeypatch) -> None:
+    """Has bash wait before each command of that script, and so take signals before it has come to the next."""
+    (tmp_path / "slow").write_text(f'[[ "$0" != *{script} ]] || trap "sleep 0.3" DEBUG\n')
+    monkeypatch.setenv("BASH_ENV", str(tmp_path / "slow"))
+
+
+def tell_when_up(tmp_path: Path, ups: int, script: str, *words: str) -> None:
+    """Starts a launcher, tells it to stop once so many files `up…` are there, and sees that it ends with 75."""
+    process = subprocess.Popen(["bash", str(LAUNCHERS / script), *words], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("up*"))) < ups:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 75
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_hosts_that_are_told_to_stop_all_end(stand_in, tmp_path, monkeypatch, early):
+    stand_in("fake-ssh", "trap 'exit 75' TERM; touch \"$STATE/up-$1\"; while true; do sleep 0.1; done")
+    monkeypatch.setenv("SSH", "fake-ssh")
+    if early:
+        slowly("hosts.sh", tmp_path, monkeypatch)
+    # At the first one's word, when slow, the second has not been started.
+    tell_when_up(tmp_path, 1 if early else 2, "hosts.sh", "one", "two", "--", "--run", "x")
+    assert len(calls(tmp_path)) == 2
+
+
+def test_hosts_that_are_told_to_stop_between_two_runs_do_not_start_again(stand_in, tmp_path, monkeypatch):
+    stand_in("fake-ssh", '(sleep 1; touch "$STATE/up") & exit 1')
+    monkeypatch.setenv("SSH", "fake-ssh")
+    monkeypatch.setenv("WAIT", "30")
+    tell_when_up(tmp_path, 1, "hosts.sh", "one", "--", "--run", "x")
+    assert len(calls(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("words", [[], ["one"], ["--", "--run", "x"]])
 def test_hosts_without_hosts_or_arguments(words):
     found = run("hosts.sh", *words)
     assert found.returncode == 2 and "hosts.sh HOST" in found.stderr
 
 
-def test_a_slurm_job_that_is_told_to_stop_saves_and_queues_itself_again(stand_in, tmp_path, monkeypatch):
+@pytest.mark.parametrize("early", [False, True])
+def test_a_slurm_job_that_is_told_to_stop_saves_and_queues_itself_again(stand_in, tmp_path, monkeypatch, early):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     stand_in("scontrol")
     stand_in("scancel", "exit 1")  # then the step is told directly
     stand_in("srun", "trap 'sleep 0.3; exit 75' TERM; touch \"$STATE/up\"; while true; do sleep 0.1; done")
-    process = subprocess.Popen(["bash", str(LAUNCHERS / "slurm.sh"), "--run", "x"])
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "up").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
+    if early:
+        slowly("slurm.sh", tmp_path, monkeypatch)
+    tell_when_up(tmp_path, 1, "slurm.sh", "--run", "x")
     assert calls(tmp_path)[-1] == "scontrol requeue 77"
 
 

@@ -16,7 +16,7 @@ stop() { kill -TERM "${pids[@]}" 2>/dev/null; }
 told=
 trap 'told=1; stop' INT TERM
 
-while true; do
+while [[ -z "$told" ]]; do
   pids=()
   for i in "${!hosts[@]}"; do
     named="OPTJAX_COORDINATOR=${hosts[0]}:$port OPTJAX_NUM_PROCESSES=${#hosts[@]} OPTJAX_PROCESS_ID=$i"
@@ -25,6 +25,8 @@ while true; do
       "cd $(printf %q "$folder") && $named exec ${PYTHON:-python} -m optjax.train.pretrain$arguments" </dev/null &
     pids+=($!)
   done
+  # A signal while they were being started has not reached them all.
+  [[ -z "$told" ]] || stop
   status=0
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
@@ -39,6 +41,7 @@ while true; do
   case "$status" in
     0) exit 0 ;;
     2) exit 2 ;;
-    *) echo "ended with status $status; starting again" >&2; sleep "${WAIT:-10}" ;;
+    *) echo "ended with status $status; starting again" >&2; sleep "${WAIT:-10}" & wait $! ;;
   esac
 done
+exit 75

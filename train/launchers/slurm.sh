@@ -10,9 +10,16 @@
 set -uo pipefail
 (($#)) || { echo "sbatch --nodes N --gpus-per-node M $0 ARGUMENTS of optjax.train.pretrain" >&2; exit 2; }
 
+step= told=
+tell() {
+  told=1
+  [[ -z "$step" ]] || scancel --signal TERM --full "$SLURM_JOB_ID.0" 2>/dev/null || kill -TERM "$step"
+}
+trap tell TERM
 srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m optjax.train.pretrain "$@" &
-step=$!
-trap 'scancel --signal TERM --full "$SLURM_JOB_ID.0" 2>/dev/null || kill -TERM "$step"' TERM
+early=$told step=$!
+# A signal that came before there was a step to tell.
+[[ -z "$early" ]] || tell
 # wait ends when a signal comes, the step does not.
 while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done
 wait "$step"
