@@ -1,6 +1,6 @@
 """A decode step of optjax beside FlaxOPT's, as the compilers of TPU and GPU see them, for chips that are not here.
 
-    python -m bench.decode_compiled                        # all sizes, chips, batches, contexts: two hours on two cores
+    python -m bench.decode_compiled                        # all sizes, chips, batches, contexts: an hour or two
     python -m bench.decode_compiled --sizes 1.3b --chips v5e --batches 8
     python -m bench.decode_compiled --quantization int8 --sides optjax
     python -m bench.decode_compiled --whole --sizes 1.3b   # also compiles all layers, to check the extrapolation
@@ -44,7 +44,8 @@ def main() -> None:
     done = [Case(**each["case"]) for each in known]
     for group in groups(args, done):
         for case, found in compile_all(group):
-            print(f"{case.side} {case.size} {case.chip} batch {case.batch}, {case.layers} layers", file=sys.stderr)
+            where = f"{case.chip} batch {case.batch}, {case.context} columns"
+            print(f"{case.side} {case.size} {where}, {case.layers} layers", file=sys.stderr)
             known.append({"case": asdict(case), "found": found})
             args.results.mkdir(parents=True, exist_ok=True)
             results.write_text("[\n" + ",\n".join(map(json.dumps, known)) + "\n]\n")

@@ -130,10 +130,15 @@ def init_cache(
 
 def own_cache(params: Params, batch_size: int, max_length: int, dtype: Any = None) -> Cache:
     """`init_cache` as `generate` and others have it for themselves: on one CPU at least float32, unless told."""
+    return init_cache(params, batch_size, max_length, fast_dtype(params, params.dtype) if dtype is None else dtype)
+
+
+def fast_dtype(params: Params, dtype: Any) -> np.dtype:
+    """The dtype in which keys and values of ``dtype`` are best kept: on one CPU at least float32, but for int8."""
     placement = params.placement
-    if dtype is None and platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1):
-        dtype = jnp.promote_types(params.dtype, jnp.float32)
-    return init_cache(params, batch_size, max_length, dtype)
+    alone_on_cpu = platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
+    widen = alone_on_cpu and jnp.issubdtype(dtype, jnp.floating)
+    return jnp.promote_types(dtype, jnp.float32) if widen else jnp.dtype(dtype)
 
 
 def cache_axes(layout: str, batch_size: int) -> tuple[str | None, ...]:

@@ -195,12 +195,12 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
         # cuBLAS multiplies no vector into a wider type: XLA would write a copy of W in that type first.
         y = (weight.astype(dtype) * x.reshape(n_in).astype(dtype)).sum(-1).reshape(*lead, -1)
         return y if bias is None else y + bias.astype(dtype)
-    alone = alone and on == "tpu"
-    if alone:
+    padded = alone and on == "tpu"
+    if padded:
         # A product with a vector would be multiplied and summed off the matrix unit, which takes three times as long.
         x = jnp.pad(x.reshape(1, -1), ((0, 7), (0, 0)))
     y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-    y = y[:1].reshape(*lead, -1) if alone else y
+    y = y[:1].reshape(*lead, -1) if padded else y
     return y if bias is None else y + bias.astype(dtype)
 
 

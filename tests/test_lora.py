@@ -97,8 +97,10 @@ def test_of_peft_here_and_back(case, stacked, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantized_base_is_its_dequantized_one(kind, tmp_path):
-    """Logits are those of PEFT over the dequantized weights."""
+def test_a_quantized_base_is_its_dequantized_one(kind, tmp_path, monkeypatch):
+    """Logits are those of PEFT over the dequantized weights; of int8, which tables always are, without digits."""
+    monkeypatch.setattr("optjax.quantization.int8_on_cpu._multiplies_integers", lambda: False)
+    jax.clear_caches()
     params = optjax.quantize(optjax.init_params(CONFIG.replace(init_std=0.3), jax.random.key(1)), kind)
     ids, mask = batch(CONFIG)
     plain = params_of_torch(optjax.dequantize(params), tmp_path / "base")
@@ -109,8 +111,7 @@ def test_a_quantized_base_is_its_dequantized_one(kind, tmp_path):
     model = load(plain, tmp_path / "adapter")
     adapted = optjax.with_adapters(params, made)
     assert adapted.quantization == params.quantization
-    # On a CPU int8 codes, which tables are of both kinds, are multiplied in digits.
-    assert_close(ours(adapted, ids, mask)[0], outputs(model, ids, mask)[0], mask, 2**-13)
+    assert_close(ours(adapted, ids, mask)[0], outputs(model, ids, mask)[0], mask)
     with pytest.raises(ValueError, match=f"quantized to {kind}, and what is merged would be lost"):
         optjax.merge_adapters(params, made)
 

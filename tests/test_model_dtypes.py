@@ -123,7 +123,6 @@ def test_loops_on_a_cpu_keep_float32(dtype):
     """Their keys and values are those of 16 bits, held in 32: a step copies none of them, and rounds once less."""
     params = params_from(state_of(torch_model(CONFIG, "causal_lm", seed=8)), CONFIG, "causal_lm")
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    assert optjax.read_prefix(params, IDS[:1, :3]).cache.dtype == jnp.float32
     exact = optjax.causal_lm(jax.tree.map(lambda x: x.astype(jnp.float32), params), IDS).logits[:, -1]
     errors = {}
     for kept in (None, dtype):
@@ -137,3 +136,21 @@ def test_loops_on_a_cpu_keep_float32(dtype):
         assert logits.dtype == jnp.float32
         errors[kept] = np.sqrt(np.mean((logits - exact) ** 2))
     assert 0 < errors[None] < 1.2 * errors[dtype] < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_prefix_stays_in_its_dtype(dtype):
+    """And is widened for the loops that follow, unless they are to keep its dtype; which tells the same ids."""
+    params = params_from(state_of(torch_model(CONFIG, "causal_lm", seed=8)), CONFIG, "causal_lm")
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    prefix = optjax.read_prefix(params, IDS[:1, :3])
+    assert prefix.cache.dtype == dtype
+    rest = {}
+    for kept in (None, dtype):
+        logits, cache = optjax.prefill(params, IDS[:, 3:6], max_length=5, prefix=prefix, cache_dtype=kept)
+        assert cache.dtype == (jnp.float32 if kept is None else dtype)
+        options = dict(max_new_tokens=3, eos_token_id=[], prefix=prefix, cache_dtype=kept)
+        rest[kept] = logits, optjax.generate(params, IDS[:, 3:6], **options)
+    (wide, ids), (narrow, same) = rest.values()
+    np.testing.assert_array_equal(ids, same)
+    assert np.abs(wide - narrow).max() < 0.02 * np.abs(wide).max()

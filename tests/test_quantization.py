@@ -73,8 +73,10 @@ def test_a_table_has_scales_of_columns():
     np.testing.assert_allclose(ours.rows(index), ours.dequantize()[index], rtol=1e-6)
     for x in (rng.standard_normal((1, 64)), rng.standard_normal((3, 64))):
         x = jnp.asarray(x, jnp.float32)
-        for on, atol in (("cpu", 6e-3), ("tpu", 1e-3)):  # the largest sum of magnitudes is 6e3 here
-            np.testing.assert_allclose(product(x, ours, on=on), x @ ours.dequantize().T, rtol=1e-4, atol=atol)
+        rows = np.asarray(ours.values, np.float64) * np.asarray(ours.scales)[:, None]
+        for on, digits in (("cpu", of_digits(x * ours.column_scales, rows).max()), ("tpu", 0)):
+            wanted = x @ ours.dequantize().T
+            np.testing.assert_allclose(product(x, ours, on=on), wanted, rtol=1e-4, atol=1e-3 + digits)
 
 
 @pytest.mark.parametrize(("kind", "native"), [("int4", False), ("int4", True), ("nf4", False)])
@@ -141,6 +143,7 @@ def test_digits():
     values = rng.integers(-127, 128, (29, 75)).astype(np.int8)
     x = rng.standard_normal((40, 75)).astype(np.float32)
     x *= 10.0 ** rng.integers(-20, 20, (40, 1))
+    x[2], x[4] = 1e-36, -3e-36  # a 254th of them is no normal number
     x[3], x[5, 7], x[6, 8] = 0, np.nan, np.inf
     for rows in (slice(0, 1), slice(2, 7), slice(None)):
         found, finite = np.asarray(jax.jit(int8_product)(x[rows], values)), np.isfinite(x[rows]).all(-1)
@@ -148,6 +151,18 @@ def test_digits():
         found, some = found[finite], x[rows][finite].astype(np.float64)
         error, bound = np.abs(found - some @ values.T.astype(np.float64)), of_digits(some, values)
         assert (error <= 1.01 * bound).all()
+    with jax.debug_nans(True):
+        assert (int8_product(jnp.zeros((2, 75)), values) == 0).all()
+
+
+def test_wider_inputs_are_not_made_digits():
+    rng = np.random.default_rng(5)
+    values = rng.integers(-127, 128, (29, 75)).astype(np.int8)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((3, 75)))
+        found = int8_product(x, values)
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, np.asarray(x) @ values.T.astype(np.float64), rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="jaxlib is known to have kernels for int8 on Linux")
@@ -197,9 +212,13 @@ def quantized_and_plain(seed: int, head: str | None = "causal_lm", stacked: bool
     return made, optjax.dequantize(made), ids, mask
 
 
+@pytest.mark.parametrize("digits", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_language_model(seed):
+def test_language_model(seed, digits, monkeypatch):
     """A quantized model is the model of its dequantized weights: logits, loss, ids, and gradients of its inputs."""
+    if not digits:
+        monkeypatch.setattr("optjax.quantization.int8_on_cpu._multiplies_integers", lambda: False)
+        jax.clear_caches()
     quantized, plain, ids, mask = quantized_and_plain(seed, stacked=seed % 2 == 0)
 
     def loss(embeds, params):
@@ -209,7 +228,8 @@ def test_language_model(seed):
     embeds = np.asarray(plain["embed_tokens"]["weight"])[ids]
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     found, wanted = (jax.tree.leaves(step(embeds, params)) for params in (quantized, plain))
-    exact = 2**-13 if quantized.quantization.kind == "int8" else 3e-5  # two digits are exact to 2**-15 of the largest
+    # Two digits are exact to 2**-15 of the largest input of each product.
+    exact = 2**-13 if digits and quantized.quantization.kind == "int8" else 3e-5
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=exact * max(1.0, float(jnp.abs(theirs).max())))
     ids, mask = ids[: 1 + seed % 3], mask[: 1 + seed % 3]

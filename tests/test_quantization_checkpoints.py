@@ -123,7 +123,10 @@ def test_over_a_mesh(tmp_path, monkeypatch, quantization, rules):
 
 
 @named
-def test_eight_devices_compute_what_one_does(quantization):
+def test_eight_devices_compute_what_one_does(quantization, monkeypatch):
+    # Several CPUs multiply in float32. One would have int8 codes, which tables are of every kind, in digits.
+    monkeypatch.setattr("optjax.quantization.int8_on_cpu._multiplies_integers", lambda: False)
+    jax.clear_caches()
     mesh = make_mesh("fsdp=2,sequence=2,tensor=2", jax.devices()[:8])
     config = PRE.replace(num_hidden_layers=1, max_position_embeddings=16)
     alone = optjax.quantize(optjax.init_params(config.replace(init_std=0.3), jax.random.key(0)), quantization)
@@ -131,8 +134,7 @@ def test_eight_devices_compute_what_one_does(quantization):
     spread = optjax.quantize(params, quantization)
     ids = np.random.default_rng(0).integers(0, 64, size=(4, 8))
     found, wanted = (optjax.causal_lm(params, ids).logits for params in (spread, alone))
-    # One CPU multiplies int8 codes, which tables are of every kind, in digits; several do in float32.
-    np.testing.assert_allclose(found, wanted, atol=2**-13 * float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
     made = [optjax.generate(params, ids, max_new_tokens=4, eos_token_id=[]) for params in (spread, alone)]
     np.testing.assert_array_equal(*made)
 

@@ -158,7 +158,7 @@ def _add_guidance(group: Any) -> None:
 
 def _add_memory(group: Any) -> None:
     add = group.add_argument
-    text = "of keys and values: int8 takes half of bfloat16's memory (default: that of the weights)"
+    text = "of keys and values: int8 takes half of bfloat16's memory (default: that of the weights; float32 on a CPU)"
     add("--cache-dtype", choices=("float32", "bfloat16", "float16", "int8"), help=text)
     text = "read prompts N tokens at a time: less memory for long ones (default: at once)"
     add("--prefill-chunk-size", type=count, metavar="N", help=text)

@@ -81,10 +81,11 @@ def prefill(
         columns = int(max_length)
     if prefix is not None:
         queries = ids.shape[1] if chunk_size is None else min(chunk_size, ids.shape[1])
-        after = abstract_cache(params, prefix, ids.shape[0], columns)
+        kept = None if cache_dtype is None else as_cache_dtype(cache_dtype)
+        after = abstract_cache(params, prefix, ids.shape[0], columns, kept)
         attention_kind(params, ids.shape[0], queries, cache=after, attn_implementation=attn_implementation)
         how = told(params, attn_implementation)
-        return _prefill_after(params, ids, mask, prefix, columns, chunk_size, how)
+        return _prefill_after(params, ids, mask, prefix, columns, kept, chunk_size, how)
     check_positions(params.config, mask, None, cache, ids.shape)
     (b, t), no_past = ids.shape, cache is None
     if cache is None:
@@ -147,9 +148,12 @@ def _prefill(
     return _logits_after(params, ids, mask, cache, chunk_size, kind, no_past)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6))
-def _prefill_after(params: Params, ids, mask, prefix: Prefix, columns: int, chunk_size: int | None, kind: str):
-    return _logits_after(params, ids, mask, continued(params, prefix, ids.shape[0], columns), chunk_size, kind)
+@partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _prefill_after(
+    params: Params, ids, mask, prefix: Prefix, columns: int, dtype: Any, chunk_size: int | None, kind: str
+) -> tuple[jax.Array, Cache]:
+    cache = continued(params, prefix, ids.shape[0], columns, dtype)
+    return _logits_after(params, ids, mask, cache, chunk_size, kind)
 
 
 def _logits_after(

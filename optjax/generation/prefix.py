@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.cache import Cache, grow_cache, own_cache, reorder_cache
+from optjax.cache import Cache, fast_dtype, grow_cache, init_cache, map_columns, reorder_cache
 from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.aligned import right_aligned
 from optjax.generation.buckets import pad_to_bucket
@@ -86,7 +86,7 @@ def read_prefix(
 def _read_prefix(params: Params, ids, mask, *, dtype: Any, chunk_size: int | None, kind: str) -> Prefix:
     ids, mask = right_aligned(jnp.asarray(ids), jnp.asarray(mask))
     rows, columns = ids.shape
-    empty, how = own_cache(params, rows, columns, dtype), {"attn_implementation": kind, "no_past": True}
+    empty, how = init_cache(params, rows, columns, dtype), {"attn_implementation": kind, "no_past": True}
     hidden, cache = read(params, ids, mask, empty, chunk_size, **how)
     return Prefix(cache, ids, hidden)
 
@@ -110,12 +110,23 @@ def check_prefix(params: Params, prefix: Any, rows: int) -> np.ndarray:
     return np.broadcast_to(lengths, rows)
 
 
-def continued(params: Params, prefix: Prefix, rows: int, columns: int, has_prefix: jax.Array | None = None) -> Cache:
+def continued(
+    params: Params,
+    prefix: Prefix,
+    rows: int,
+    columns: int,
+    dtype: Any = None,
+    has_prefix: jax.Array | None = None,
+) -> Cache:
     """A new cache that goes on after the prefix, with so many more columns: a copy for each row.
 
-    Several rows of a prefix go to rows in turn. Rows that are not to have it ``[B]`` get its columns masked.
+    Several rows of a prefix go to rows in turn. Rows that are not to have it ``[B]`` get its columns masked. Without a
+    dtype, which may be the prefix's own, it is kept as `own_cache` would be.
     """
     cache = reorder_cache(prefix.cache, jnp.arange(rows) % prefix.batch_size)
+    kept = fast_dtype(params, cache.dtype) if dtype is None else dtype
+    if kept != cache.dtype:
+        cache = map_columns(lambda buffer, _: buffer.astype(kept), cache)
     if has_prefix is not None:
         mask, lengths = cache.mask & has_prefix[:, None], jnp.where(has_prefix, cache.lengths, 0)
         cache = dataclasses.replace(cache, mask=mask, lengths=lengths)
@@ -124,9 +135,9 @@ def continued(params: Params, prefix: Prefix, rows: int, columns: int, has_prefi
     return grow_cache(cache, cache.max_length + columns, params.placement)
 
 
-def abstract_cache(params: Params, prefix: Prefix, rows: int, columns: int) -> Cache:
+def abstract_cache(params: Params, prefix: Prefix, rows: int, columns: int, dtype: Any = None) -> Cache:
     """What `continued` would make, as shapes alone."""
-    return jax.eval_shape(lambda prefix: continued(params, prefix, rows, columns), prefix)
+    return jax.eval_shape(lambda prefix: continued(params, prefix, rows, columns, dtype), prefix)
 
 
 def before(prefix: Prefix | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

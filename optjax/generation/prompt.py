@@ -30,6 +30,6 @@ def read_prompts(
         cache = own_cache(params, b, t + room, settings.cache_dtype)
     else:
         has_prefix = None if settings.guidance is None else jnp.arange(b) < b // 2
-        cache = continued(params, prefix, b, t + room, has_prefix)
+        cache = continued(params, prefix, b, t + room, settings.cache_dtype, has_prefix)
     how = {"attn_implementation": settings.attn_implementation, "no_past": prefix is None}
     return read(params, ids, mask, cache, settings.prefill_chunk_size, keep, **how)

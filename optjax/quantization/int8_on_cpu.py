@@ -23,9 +23,10 @@ BLOCK = 1 << 18
 def int8_product(x: jax.Array, values: jax.Array) -> jax.Array:
     """``x valuesᵀ`` ``[rows, out]`` of x ``[rows, in]`` in float32 and values ``[out, in]`` in int8.
 
-    A row that is not finite has no finite product. The gradient is that of the product, as if no digits were.
+    A row that is not finite has no finite product. The gradient is that of the product, as if no digits were. Wider
+    inputs are multiplied as they are.
     """
-    return _in_integers(x, values) if _multiplies_integers() else in_blocks(x, values)
+    return _in_integers(x, values) if x.dtype == jnp.float32 and _multiplies_integers() else in_blocks(x, values)
 
 
 @cache
@@ -46,7 +47,8 @@ def _multiply(digits: jax.Array, values: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _in_integers(x: jax.Array, values: jax.Array) -> jax.Array:
-    step = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.finfo(x.dtype).tiny) / 127
+    # A step below the smallest normal number would be flushed to 0, and so it would be for a row of zeros.
+    step = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) / 127, jnp.finfo(x.dtype).tiny)
     steps = x / step
     high = jnp.round(steps)
     digits = jnp.concatenate([high, jnp.round((steps - high) * 254)]).astype(jnp.int8)
@@ -63,8 +65,7 @@ def in_blocks(x: jax.Array, values: jax.Array) -> jax.Array:
     """The same in float32: codes are widened a block at a time, which stays in the processor's cache."""
     rows, (n_out, n_in) = x.shape[0], values.shape
     if rows == 1:
-        # Multiplied and summed while it is read; a matrix product would be a call, with its operands in memory.
-        return jax.checkpoint(lambda x, values: (values.astype(x.dtype) * x).sum(-1)[None])(x, values)
+        return multiply_and_sum(x, values)
     size = min(n_out, max(8, BLOCK * (1 if rows <= FEW_ROWS else 4) // n_in))
 
     @jax.checkpoint
@@ -77,3 +78,9 @@ def in_blocks(x: jax.Array, values: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(y, block(x, values, start), start, 0)
 
     return jax.lax.fori_loop(0, -(-n_out // size), step, jnp.zeros((n_out, rows), x.dtype)).T
+
+
+@jax.checkpoint
+def multiply_and_sum(x: jax.Array, values: jax.Array) -> jax.Array:
+    """The same of one row, as the codes are read; a matrix product would be a call, with its operands in memory."""
+    return (values.astype(x.dtype) * x).sum(-1)[None]

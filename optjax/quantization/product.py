@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.quantization.codes import decode_4bit
-from optjax.quantization.int8_on_cpu import BLOCK, FEW_ROWS, int8_product
+from optjax.quantization.int8_on_cpu import BLOCK, FEW_ROWS, int8_product, multiply_and_sum
 from optjax.quantization.weight import QuantizedWeight
 
 
@@ -44,7 +44,9 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
             y = _groups_in_blocks(flat, weight)
         return y.reshape(*x.shape[:-1], -1)
     if on == "gpu" and flat.shape[0] == 1 and weight.kind == "int8" and not spread:
-        return (jax.checkpoint(_vector)(flat, weight.values) * weight.scales).reshape(*x.shape[:-1], -1)
+        # Where Triton's products are off, cuBLAS would have a copy of the codes in float32.
+        y = multiply_and_sum(flat.astype(jnp.float32), weight.values) * weight.scales
+        return y.reshape(*x.shape[:-1], -1)
     if alone := on == "tpu" and flat.shape[0] == 1:
         flat = jnp.pad(flat, ((0, 7), (0, 0)))  # a product with one row would not go to the matrix unit
     if weight.kind == "int8" or weight.native or spread:
@@ -54,11 +56,6 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
         y = _groups_in_blocks(flat, weight)
     y = y[:1] if alone else y
     return y.reshape(*x.shape[:-1], -1)
-
-
-def _vector(x: jax.Array, values: jax.Array) -> jax.Array:
-    """Multiplied and summed as it is read: cuBLAS would have a copy of the codes in float32."""
-    return (values.astype(jnp.float32) * x.astype(jnp.float32)).sum(-1)
 
 
 def _whole(x: jax.Array, weight: QuantizedWeight, dtype: Any) -> jax.Array:
