@@ -28,6 +28,7 @@ WAYS = {
     "sampled with assistant": dict(assistant_model=None, num_assistant_tokens=3, do_sample=True, top_p=0.9),
     "prompt lookup": dict(prompt_lookup_num_tokens=4),
     "guidance": dict(guidance_scale=1.5, repetition_penalty=1.2),
+    "chunks": dict(prefill_chunk_size=3, penalty_alpha=0.4, top_k=3),
 }
 needs = pytest.mark.parametrize("way", WAYS)
 
@@ -52,6 +53,14 @@ def test_on_a_mesh(alone, way):
     mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
     params = optjax.init_params(CONFIG, jax.random.key(1), mesh=mesh)
     np.testing.assert_array_equal(generate(way, params, mesh), alone[way])
+
+
+@needs
+def test_with_64_bits(alone, way):
+    """Under x64, where what no dtype was given to is of 64 bits."""
+    params = optjax.init_params(CONFIG, jax.random.key(1))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(generate(way, params), alone[way])
 
 
 @needs

@@ -30,7 +30,7 @@ def accept_draws(
     p = jax.nn.softmax(scores, axis=-1)
     q = jax.nn.one_hot(guesses, scores.shape[-1], dtype=p.dtype) if q is None else q
     of_p, of_q = (jnp.take_along_axis(x, guesses[:, :, None], axis=2)[:, :, 0] for x in (p[:, :-1], q))
-    u = jax.vmap(lambda key: jax.random.uniform(key, guesses.shape[1:]))(accept_keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, guesses.shape[1:], jnp.float32))(accept_keys)
     stand = _leading(u * of_q < of_p)
     # After the last guess nothing was proposed: all of p is left.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))

@@ -65,7 +65,7 @@ def read(
         x, cache = one(rest + i * size, size, cache)
         return put(hidden, x, rest + i * size), cache
 
-    first_real = jnp.argmax(mask.any(0))  # 0 where there is none
+    first_real = jnp.argmax(mask.any(0)).astype(jnp.int32)  # 0 where there is none; columns count in int32 in x64 too
     begin = jnp.maximum(first_real - rest, 0) // size
     hidden, cache = jax.lax.fori_loop(begin, t // size, step, (hidden, cache))
     return hidden, dataclasses.replace(cache, index=start + t)

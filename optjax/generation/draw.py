@@ -25,7 +25,7 @@ def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
     b, v = scores.shape
     p = jnp.exp(scores - scores.max(-1, keepdims=True))
     blocks = jnp.pad(p, ((0, 0), (0, -v % _WIDTH))).reshape(b, -1, _WIDTH)
-    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
     block = _invert(blocks.sum(-1), u[:, :1])
     column = _invert(jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0], u[:, 1:])
     return (block * _WIDTH + column)[:, 0].astype(jnp.int32)
@@ -41,7 +41,7 @@ def draw_several(keys: jax.Array, scores: jax.Array, n: int) -> tuple[jax.Array,
     p = jnp.where(scores == -jnp.inf, 0.0, jnp.exp(scores - scores.max(-1, keepdims=True)))
     blocks = jnp.pad(p, ((0, 0), (0, -v % _WIDTH))).reshape(b, -1, _WIDTH)
     sums, rows = blocks.sum(-1), jnp.arange(b)
-    u = jax.vmap(lambda key: jax.random.uniform(key, (n, 2, 1)))(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (n, 2, 1), jnp.float32))(keys)
 
     def one(left, u):
         blocks, sums = left

@@ -37,7 +37,7 @@ class Paths:
         """Paths ``[B, m]``: those at ``index`` ``[B, m]`` with one more token each, the one of this step."""
 
         def put(x: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(x, new[..., None], step, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(x, new[..., None].astype(x.dtype), step, axis=2)
 
         old = pick(self, index)
         logprobs = None if old.logprobs is None else put(old.logprobs, logprob)
@@ -47,7 +47,9 @@ class Paths:
 def no_paths(b: int, n: int, room: int, pad_id: jax.Array, keep_logprobs: bool) -> Paths:
     shape = b, n, room
     logprobs = jnp.zeros(shape, jnp.float32) if keep_logprobs else None
-    return Paths(jnp.full(shape, pad_id), jnp.full(shape, -1), jnp.full((b, n), NOTHING, jnp.float32), logprobs)
+    return Paths(
+        jnp.full(shape, pad_id), jnp.full(shape, -1, jnp.int32), jnp.full((b, n), NOTHING, jnp.float32), logprobs
+    )
 
 
 def pick(tree: Any, index: jax.Array) -> Any:
