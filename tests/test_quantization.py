@@ -13,6 +13,7 @@ import pytest
 import torch
 from compilations import AS_USERS_DO
 from hf_models import random_config
+from jax.sharding import PartitionSpec
 
 import optjax
 from optjax import Quantization, QuantizedWeight
@@ -20,6 +21,7 @@ from optjax.quantization.codes import NF4
 from optjax.quantization.int8_on_cpu import int8_product
 from optjax.quantization.product import product
 from optjax.quantization.weight import encode
+from optjax.sharding import make_mesh
 from optjax.train.state import init_state
 
 KINDS = ("int8", "int4", "nf4")
@@ -198,6 +200,23 @@ def test_blocks_of_the_cpu(monkeypatch):
             found = product(x, w, on="cpu")
         np.testing.assert_allclose(found, whole, atol=1e-5)
         np.testing.assert_allclose(found, np.asarray(x) @ np.asarray(w.dequantize()).T, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_shard_map(kind):
+    """Where jax checks what varies over devices, product and gradient are those of all rows at once."""
+    rng = np.random.default_rng(8)
+    w = encode(random_matrix(rng, 45, 96), kind, 8, jnp.float32, native=False)
+    x = jnp.asarray(rng.standard_normal((8, 96)), jnp.float32)
+    mesh, rows = make_mesh("data=4", jax.devices()[:4]), PartitionSpec("data")
+
+    def each(x, w):
+        y, back = jax.vjp(lambda x: product(x, w, on="cpu"), x)
+        return y, back(y)[0]
+
+    inside = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows))(x, w)
+    for found, wanted in zip(inside, each(x, w), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def quantized_and_plain(seed: int, head: str | None = "causal_lm", stacked: bool = False):

@@ -77,7 +77,9 @@ def in_blocks(x: jax.Array, values: jax.Array) -> jax.Array:
         start = jnp.minimum(i * size, n_out - size)  # the last block may overlap the one before
         return jax.lax.dynamic_update_slice_in_dim(y, block(x, values, start), start, 0)
 
-    return jax.lax.fori_loop(0, -(-n_out // size), step, jnp.zeros((n_out, rows), x.dtype)).T
+    # Like a block: inside `jax.shard_map` a loop has to begin with what varies over devices as its steps do.
+    none = jnp.zeros_like(jax.eval_shape(block, x, values, 0), shape=(n_out, rows))
+    return jax.lax.fori_loop(0, -(-n_out // size), step, none).T
 
 
 @jax.checkpoint

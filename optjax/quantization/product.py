@@ -106,4 +106,5 @@ def _groups_in_blocks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     def step(i, y):
         return y + block(parts, weight.values, weight.scales, i)
 
-    return jax.lax.fori_loop(0, groups // n, step, jnp.zeros((x.shape[0], n_out), jnp.float32))
+    none = jnp.zeros_like(jax.eval_shape(block, parts, weight.values, weight.scales, 0))  # see `in_blocks`
+    return jax.lax.fori_loop(0, groups // n, step, none)
