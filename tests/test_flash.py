@@ -119,6 +119,8 @@ def test_what_is_chosen():
     with interpreted("gpu"):
         assert kind() == "eager"  # float32 may be rounded
         assert kind(params=half) == "flash" and kind(params=half, cache=True) == "eager"
+        with jax.enable_x64(True):
+            assert kind(params=half) == "eager"
 
 
 def test_flash_is_refused_where_it_cannot_be_had():
@@ -141,3 +143,5 @@ def test_flash_is_refused_where_it_cannot_be_had():
         refused("int8", optjax.generate, ids, max_new_tokens=2, cache_dtype="int8")
     with interpreted("gpu"):
         refused("has a past", optjax.generate, ids, max_new_tokens=2, prefill_chunk_size=8)
+        with jax.enable_x64(True):
+            refused("jax_enable_x64", optjax.forward, ids)

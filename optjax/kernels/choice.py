@@ -173,6 +173,8 @@ def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_colum
         return f"on {on.upper()} the kernels take heads of up to {_HEAD_DIM[on]} dimensions, not {config.head_dim}"
     if parts(placement, shape[1], "length") > 1:
         return "a row's tokens are spread over devices (by the rule for 'length')"
+    if on == "gpu" and jax.dtypes.canonicalize_dtype("float64") == jnp.float64:
+        return "jax's kernel for GPUs cannot be compiled with jax_enable_x64 on"
     if has_past and on == "gpu":
         return "on GPU no kernel reads a cache that has a past"
     if has_past and placement is not None and placement.shards("cache_length") > 1:
