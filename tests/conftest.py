@@ -67,6 +67,18 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def no_digits(monkeypatch):
+    """int8 codes are multiplied in float32, as where XLA has no kernel for them; programs from before and of this are
+    forgotten."""
+    import jax
+
+    monkeypatch.setattr("optjax.quantization.int8_on_cpu._multiplies_integers", lambda: False)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def checkpoints() -> Path:
     """Meta's real checkpoints, one folder per size (`opt-125m/`, `opt-350m/`, …), for tests marked `real_weights`."""

@@ -148,8 +148,9 @@ def test_hosts_that_are_told_to_stop_all_end(stand_in, tmp_path, monkeypatch, ea
         slowly("hosts.sh", tmp_path, monkeypatch)
     # At the first one's word, when slow, the second has not been started; it is then, and told as well.
     tell_when_up(tmp_path, 1 if early else 2, "hosts.sh", "one", "two", "--", "--run", "x")
-    assert {call.split()[1] for call in calls(tmp_path)} <= {"one", "two"}
-    assert len(calls(tmp_path)) <= 2
+    asked = sorted(call.split()[1] for call in calls(tmp_path))
+    # The second may be told before it has written that it was asked.
+    assert asked == ["one", "two"] or early and asked == ["one"]
 
 
 def test_hosts_that_are_told_to_stop_between_two_runs_do_not_start_again(stand_in, tmp_path, monkeypatch):

@@ -97,10 +97,8 @@ def test_of_peft_here_and_back(case, stacked, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantized_base_is_its_dequantized_one(kind, tmp_path, monkeypatch):
+def test_a_quantized_base_is_its_dequantized_one(kind, tmp_path, no_digits):
     """Logits are those of PEFT over the dequantized weights; of int8, which tables always are, without digits."""
-    monkeypatch.setattr("optjax.quantization.int8_on_cpu._multiplies_integers", lambda: False)
-    jax.clear_caches()
     params = optjax.quantize(optjax.init_params(CONFIG.replace(init_std=0.3), jax.random.key(1)), kind)
     ids, mask = batch(CONFIG)
     plain = params_of_torch(optjax.dequantize(params), tmp_path / "base")

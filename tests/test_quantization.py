@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 import optjax
 from optjax import Quantization, QuantizedWeight
+from optjax.quantization import int8_on_cpu
 from optjax.quantization.codes import NF4
 from optjax.quantization.int8_on_cpu import int8_product
 from optjax.quantization.product import product
@@ -233,11 +234,18 @@ def quantized_and_plain(seed: int, head: str | None = "causal_lm", stacked: bool
 
 @pytest.mark.parametrize("digits", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_language_model(seed, digits, monkeypatch):
+def test_language_model(seed, digits, request, monkeypatch):
     """A quantized model is the model of its dequantized weights: logits, loss, ids, and gradients of its inputs."""
     if not digits:
-        monkeypatch.setattr("optjax.quantization.int8_on_cpu._multiplies_integers", lambda: False)
-        jax.clear_caches()
+        request.getfixturevalue("no_digits")
+    traced = []
+
+    def noted(x, values):
+        traced.append(x.shape)
+        return in_integers(x, values)
+
+    in_integers = int8_on_cpu._in_integers
+    monkeypatch.setattr(int8_on_cpu, "_in_integers", noted)
     quantized, plain, ids, mask = quantized_and_plain(seed, stacked=seed % 2 == 0)
 
     def loss(embeds, params):
@@ -247,6 +255,7 @@ def test_language_model(seed, digits, monkeypatch):
     embeds = np.asarray(plain["embed_tokens"]["weight"])[ids]
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     found, wanted = (jax.tree.leaves(step(embeds, params)) for params in (quantized, plain))
+    assert bool(traced) == (digits and int8_on_cpu._multiplies_integers())  # tables are int8 in every kind
     # Two digits are exact to 2**-15 of the largest input of each product.
     exact = 2**-13 if digits and quantized.quantization.kind == "int8" else 3e-5
     for ours, theirs in zip(found, wanted, strict=True):

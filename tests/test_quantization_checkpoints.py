@@ -123,10 +123,8 @@ def test_over_a_mesh(tmp_path, monkeypatch, quantization, rules):
 
 
 @named
-def test_eight_devices_compute_what_one_does(quantization, monkeypatch):
+def test_eight_devices_compute_what_one_does(quantization, no_digits):
     # Several CPUs multiply in float32. One would have int8 codes, which tables are of every kind, in digits.
-    monkeypatch.setattr("optjax.quantization.int8_on_cpu._multiplies_integers", lambda: False)
-    jax.clear_caches()
     mesh = make_mesh("fsdp=2,sequence=2,tensor=2", jax.devices()[:8])
     config = PRE.replace(num_hidden_layers=1, max_position_embeddings=16)
     alone = optjax.quantize(optjax.init_params(config.replace(init_std=0.3), jax.random.key(0)), quantization)
