@@ -5,6 +5,7 @@ can plant trouble. As a program, what the tests of kills run: `python loop_job.p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optjax.train.divergence import Spikes
@@ -132,6 +134,7 @@ def main() -> None:
     from optjax.train.checkpoint import remember_run
 
     initialize()
+    multihost_utils.reached_preemption_sync_point = _in_turn(multihost_utils.reached_preemption_sync_point)
     folder, changes, more = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     death = more.pop("death", None)
     more |= {"evaluate": lambda state: {"mean": float(jnp.mean(state.weights))}, "better": ("mean", "min")}
@@ -150,7 +153,20 @@ def main() -> None:
         np.savez(Path(folder) / "final.npz", *map(np.asarray, jax.tree.leaves(whole)))
 
 
+def _in_turn(reached):
+    """Only one may count for jax's preemption service: a stop is announced for a count, and two never meet."""
+    counts = itertools.count(1)
+
+    def asked(count):
+        assert count == next(counts), count
+        return reached(count)
+
+    return asked
+
+
 def _after(function, step, die):
+    """Dies with the `step`-th step, and if it lives on, as long as others take to hear of it, goes slowly: they hear
+    after a second or two, on a busy machine later, and have to hear before the run is over."""
     handed = []
 
     def wrapped(state, batch):
@@ -158,6 +174,8 @@ def _after(function, step, die):
         handed.append(None)
         if len(handed) == step:
             die()
+        if len(handed) >= step:
+            time.sleep(2.0 if jax.process_count() > 1 else 0.0)
         return out
 
     return wrapped

@@ -16,11 +16,10 @@ SAVING = "checkpoints/{}.*tmp*"
 
 
 @pytest.mark.parametrize(
-    "processes, slow, deaths",
+    "processes, deaths",
     [
         (
             1,
-            0.0,
             [
                 {"signal": signal.SIGKILL, "exists": SAVING.format(4)},
                 {"signal": signal.SIGKILL, "step": 7},
@@ -30,7 +29,6 @@ SAVING = "checkpoints/{}.*tmp*"
         ),
         (
             2,
-            0.3,  # one process hears of the other's signal after a second or so, on a busy machine later
             [
                 {"signal": signal.SIGKILL, "exists": SAVING.format(8), "process": 1},
                 {"signal": signal.SIGTERM, "step": 5, "process": 1},
@@ -38,15 +36,15 @@ SAVING = "checkpoints/{}.*tmp*"
         ),
     ],
 )
-def test_kills_change_no_bit(tmp_path, processes, slow, deaths):
-    options, more = OPTIONS | {"total_steps": 16 * processes}, MORE | {"slow": slow}
-    whole = finished(tmp_path / "whole", options, more, processes)
+def test_kills_change_no_bit(tmp_path, processes, deaths):
+    options = OPTIONS | {"total_steps": 16 * processes}
+    whole = finished(tmp_path / "whole", options, MORE, processes)
     folder = tmp_path / "killed"
     for death in deaths:
-        codes = finish(start(folder, options, more | {"death": death}, processes))
+        codes = finish(start(folder, options, MORE | {"death": death}, processes))
         expected = 0 if death["signal"] == signal.SIGTERM else -signal.SIGKILL
         assert set(codes) == {expected}, (codes, output(folder))
         assert not (folder / "final.npz").exists()
-    assert same(finished(folder, options, more, processes), whole), output(folder)
+    assert same(finished(folder, options, MORE, processes), whole), output(folder)
     for each in ("whole", "killed"):
         assert [event["back_to"] for event in read_events(tmp_path / each)] == [8]

@@ -36,6 +36,16 @@ class Restored:
     loop: dict[str, Any]
 
 
+class _Manager(ocp.CheckpointManager):
+    """orbax's, but it does not ask jax's preemption service, which it would do with the step for a count. The service
+    takes the latest count of every process and stops all at the next one: with two ways of counting, the loop's own
+    (`Interrupt`) and this, a count may come that no process ever reaches, and the run goes on to its end.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last one and closes them.
 
@@ -55,7 +65,7 @@ class Checkpoints:
             preservation_policy=_Regular(keep, every),
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name or None),
         )
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._manager = _Manager(self._path, options=options)
         self._unsized: int | None = None
 
     def __enter__(self) -> Checkpoints:
