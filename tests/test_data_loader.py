@@ -162,6 +162,24 @@ def collate(examples: list[dict]) -> dict[str, np.ndarray]:
     return {"n": np.array([each["n"] for each in examples])}
 
 
+def test_every_process_makes_the_same_shapes():
+    rng = np.random.default_rng(0)
+    examples = [{"ids": rng.integers(1, 9, n)} for n in rng.integers(1, 30, 20)]
+
+    def padded(examples: list[dict]) -> dict[str, np.ndarray]:
+        longest = max(len(each["ids"]) for each in examples)
+        return {"ids": np.stack([np.pad(each["ids"], (0, longest - len(each["ids"]))) for each in examples])}
+
+    def batches(rows: range | None):
+        with open_examples(examples, batch_size=6, seed=1, rows=rows, collate=padded) as loader:
+            return [next(loader)["ids"] for _ in range(5)]
+
+    parts = zip(batches(range(2)), batches(range(2, 4)), batches(range(4, 6)), strict=True)
+    for whole, part in zip(batches(None), parts, strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(part))
+    np.testing.assert_array_equal(batches(range(4, -1, -2))[0], batches(None)[0][[4, 2, 0]])
+
+
 def test_examples_in_order_and_shuffled():
     examples = [{"n": i} for i in range(10)]
     once = {"batch_size": 4, "seed": 0, "shuffle": False, "repeat": False, "collate": collate}

@@ -144,15 +144,15 @@ def test_packed_rows_hold_every_example_apart(tokenizer):
             found.append((row["input_ids"][at].tolist(), row["labels"][at].tolist()))
     wanted = [tuple(example.arrays()[name].tolist() for name in ("input_ids", "labels")) for example in examples]
     assert sorted(found) == sorted(wanted) and len(packed) < len(examples)
-    batch = collate(packed, 1, 20, fixed=False)
+    batch = collate(packed, 1, 20)
     assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(packed[0], (len(packed), 20))
 
 
 def test_padded_rows_come_in_few_shapes(tokenizer):
     examples = encode_examples(rows(PAIR, {"text": "four"}), tokenizer, Fields(), 20)
     arrays = [example.arrays() for example in examples]
-    batch = collate(arrays, 1, 20, fixed=False)
-    assert batch["input_ids"].shape == (2, 16) and collate(arrays, 1, 20, fixed=True)["labels"].shape == (2, 20)
+    batch = collate(arrays, 1, 20)
+    assert batch["input_ids"].shape == (2, 16)
     n = examples[1].length
     assert (batch["input_ids"][1, n:] == 1).all() and (batch["labels"][1, n:] == -100).all()
 
@@ -189,7 +189,7 @@ def test_a_pairs_longer_text_is_cut_first(tokenizer):
 
 def test_batches_of_texts_are_those_of_transformers_collator(tokenizer, theirs):
     ids = encode_texts(rows({"t": "one two"}, {"t": "three four five six"}), ["t"], tokenizer, 64)
-    ours = collate_texts([{"input_ids": i, "labels": np.int32(j)} for j, i in enumerate(ids)], 1, 64, fixed=False)
+    ours = collate_texts([{"input_ids": i, "labels": np.int32(j)} for j, i in enumerate(ids)], 1, 64)
     theirs.padding_side = "right"
     collator = transformers.DataCollatorWithPadding(theirs, padding="max_length", max_length=16)
     wanted = collator([{"input_ids": i, "labels": j} for j, i in enumerate(ids)])

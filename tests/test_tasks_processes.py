@@ -15,7 +15,7 @@ from optjax.train.tasks import flags
 from optjax.train.tasks.table import write_rows
 
 CONFIG = OPTConfig(
-    vocab_size=8192, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2, dropout=0.0,
+    vocab_size=8192, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2, dropout=0.1,
     max_position_embeddings=96,
 )  # fmt: skip
 
@@ -24,6 +24,7 @@ def test_two_processes_fine_tune_as_one_does(tmp_path):
     save_params(init_params(CONFIG, jax.random.key(0)), tmp_path / "small")
     Tokenizer.load("opt-mini").save(tmp_path / "small")
     texts = [f"The {word} {other} stood by the road." for word in ("old", "red", "tall") for other in ("house", "tree")]
+    texts[2] += " It was there when the road was made, and it will be when all the roads have gone." * 2
     write_rows(tmp_path / "data.jsonl", ({"text": text} for text in texts * 3))
     words = ["--model", "small", "--data", "data.jsonl", "--validation", "data.jsonl", "--batch-size", "6"]
     words += ["--epochs", "2", "--lr", "0.03", "--lora-r", "2", "--log-every", "1", "--no-tensorboard", "--no-packing"]

@@ -172,7 +172,7 @@ def test_the_loss_is_that_of_transformers_packed_or_not(small):
         count += len(completion)
 
     def pad(rows):
-        return collate(rows, 1, 24, fixed=False)
+        return collate(rows, 1, 24)
 
     packed = packed_rows(examples, 24, 1)
     assert len(packed) < len(examples)

@@ -36,7 +36,7 @@ from .flags import step_options
 from .tasks import flags
 from .tasks.causal import TOO_LONG, Example, Fields, collate, encode_examples, packed_rows
 from .tasks.language import beginnings, evaluate, write
-from .tasks.lengths import max_length, several_processes
+from .tasks.lengths import max_length
 from .tasks.source import load_config, load_tokenizer, load_weights, pad_id
 from .tasks.split import hold_out
 from .tasks.table import Row, read_rows, write_rows
@@ -99,7 +99,7 @@ class _Reader:
     @property
     def collate(self):
         fill = pad_id(self.config, self.tokenizer)
-        return partial(collate, pad_id=fill, longest=self.longest, fixed=several_processes())
+        return partial(collate, pad_id=fill, longest=self.longest)
 
     @property
     def evaluation_batch(self) -> int:

@@ -29,8 +29,8 @@ def open_examples(
       rows: of each batch, those that this process reads (default: all).
       repeat: epoch after epoch without end, one going over into the next within a batch; else once, and the last batch
         is filled with copies of its last example: results, joined in order, are cut to N.
-      collate: makes a batch of one example per row of `rows`, so of a list that is always as long. Every call should
-        give the same shapes.
+      collate: makes a batch of batch_size examples, of which this process takes its rows: every process has to make
+        the same shapes, which follow from the lengths of all.
       workers: threads that read ahead and collate.
 
     Raises:
@@ -41,7 +41,7 @@ def open_examples(
     stream = Examples(examples, check_seed(seed) % 2**32 if shuffle else None, repeat, batch_size)
     check_rows(rows, batch_size)
     about = {"examples": len(examples)}
-    return Loader(stream, batch_size=batch_size, rows=rows, collate=collate, workers=workers, about=about)
+    return Loader(stream, batch_size=batch_size, rows=rows, collate=collate, workers=workers, about=about, whole=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

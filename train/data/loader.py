@@ -54,9 +54,11 @@ class Loader(Iterator[Batch]):
         rows: range | None = None,
         workers: int = 4,
         about: dict[str, Any] | None = None,
+        whole: bool = False,
     ):
         """Args:
-          collate: makes a batch of a list of records.
+          collate: makes a batch of a list of records: those of this process's rows.
+          whole: or of all rows, and only then its own are taken, where the shapes depend on all and reading is cheap.
           workers: threads that read ahead; 0 reads each batch when it is asked for.
 
         Raises:
@@ -66,7 +68,7 @@ class Loader(Iterator[Batch]):
         self.about = about or {}
         if workers < 0:
             raise ValueError(f"workers is {workers}; expected 0 or more threads")
-        self._collate, self._workers = collate, workers
+        self._collate, self._workers, self._whole = collate, workers, whole
         self._stream, self._drawn = stream, 0
         self._batches: Any = None
 
@@ -109,11 +111,13 @@ class Loader(Iterator[Batch]):
     def _read_ahead(self) -> Any:
         import grain
 
-        stream, collate, rows = self._stream, self._collate, self.rows
+        stream, collate, rows, whole = self._stream, self._collate, self.rows, self._whole
         first, size = self._drawn, self.batch_size
 
         def read(number: int) -> Batch:
             start = first + number * size
+            if whole:
+                return take_rows(collate([stream[start + row] for row in range(size)]), rows)
             return collate([stream[start + row] for row in rows])
 
         batches = grain.MapDataset.range((len(stream) - first) // size).map(read)
@@ -134,6 +138,11 @@ def check_rows(rows: range | None, batch_size: int) -> range:
     if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
         raise ValueError(f"rows are {rows}; expected some of the {batch_size} rows of a batch")
     return rows
+
+
+def take_rows(batch: Batch, rows: range) -> Batch:
+    """Some rows of a batch."""
+    return {name: array[list(rows)] for name, array in batch.items()}
 
 
 def check_seed(seed: int) -> int:

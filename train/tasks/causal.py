@@ -128,7 +128,7 @@ def packed_rows(
     return rows
 
 
-def collate(rows: Sequence[dict[str, np.ndarray]], pad_id: int, longest: int, fixed: bool) -> dict[str, np.ndarray]:
+def collate(rows: Sequence[dict[str, np.ndarray]], pad_id: int, longest: int) -> dict[str, np.ndarray]:
     """A batch ``[B, T]`` of rows: packed ones, or an example each.
 
     Padding follows the text, which a causal model does not look ahead to: no mask is needed.
@@ -136,4 +136,4 @@ def collate(rows: Sequence[dict[str, np.ndarray]], pad_id: int, longest: int, fi
     if "segment_ids" in rows[0]:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     fills = {"input_ids": pad_id, "labels": IGNORE_INDEX}
-    return {name: padded([row[name] for row in rows], fill, longest, fixed) for name, fill in fills.items()}
+    return {name: padded([row[name] for row in rows], fill, longest) for name, fill in fills.items()}

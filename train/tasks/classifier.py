@@ -16,7 +16,6 @@ from optjax.heads import label_losses
 
 from .inference import over_examples
 from .labels import REGRESSION, SINGLE, Labels
-from .lengths import several_processes
 from .metrics import per_label, predictions, probabilities, scores
 from .table import Row
 from .texts import collate, encode_texts
@@ -45,7 +44,7 @@ class Classifier:
 
     @property
     def collate(self):
-        return partial(collate, pad_id=self.pad_id, longest=self.longest, fixed=several_processes())
+        return partial(collate, pad_id=self.pad_id, longest=self.longest)
 
     def read(self, rows: Sequence[Row], labelled: bool = True) -> tuple[list[Row], list[Example]]:
         """Rows and their examples, without those that are dropped for their length.

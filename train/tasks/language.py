@@ -14,6 +14,7 @@ from optjax import Params, Tokenizer, generate, unstack_layers
 from optjax.heads import IGNORE_INDEX
 
 from ..backward import batch_loss
+from ..data.loader import take_rows
 from ..head_loss import loss_counts, loss_scales
 from ..options import StepOptions
 from ..placing import place_batch, rows
@@ -46,7 +47,7 @@ def _batches(examples: Sequence[dict[str, Any]], collate: Collate, batch_size: i
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
         batch += [nothing] * (batch_size - len(batch))
-        yield collate([batch[i] for i in own])
+        yield take_rows(collate(batch), own)
 
 
 def beginnings(examples: Sequence[Example], tokens: int = 8) -> list[np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from optjax.config import OPTConfig
@@ -25,19 +24,13 @@ def max_length(config: OPTConfig, asked: int | None) -> int:
     return asked or longest
 
 
-def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int, longest: int, fixed: bool = False) -> np.ndarray:
+def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int, longest: int) -> np.ndarray:
     """Rows of ids as ``[B, T]`` int32, filled on the right with ``value``.
 
-    T is the size that `bucket` gives to the longest row and at most ``longest``, so that few shapes are compiled;
-    ``longest`` itself where it is to be ``fixed``, as it is where several processes have each a part of a batch.
+    T is the size that `bucket` gives to the longest row and at most ``longest``, so that few shapes are compiled.
     """
-    width = longest if fixed else min(longest, bucket(max(map(len, rows))))
+    width = min(longest, bucket(max(map(len, rows))))
     made = np.full((len(rows), width), value, np.int32)
     for line, row in zip(made, rows, strict=True):
         line[: len(row)] = row
     return made
-
-
-def several_processes() -> bool:
-    """Whether a batch is made by several: each knows its own rows only, so that their width has to be fixed."""
-    return jax.process_count() > 1

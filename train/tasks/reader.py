@@ -12,7 +12,6 @@ import jax
 from optjax import Params, Tokenizer, question_answering
 
 from .inference import over_examples
-from .lengths import several_processes
 from .nbest import Answer, answers
 from .spans import Window, windows
 from .squad import Question, squad_scores
@@ -42,7 +41,7 @@ class Reader:
 
     @property
     def collate(self):
-        return partial(collate, pad_id=self.pad_id, longest=self.longest, fixed=several_processes())
+        return partial(collate, pad_id=self.pad_id, longest=self.longest)
 
     def windows(self, questions: Sequence[Question]) -> list[Window]:
         """As `spans.windows`."""

@@ -66,11 +66,11 @@ def _shares(sizes: Sequence[int], room: int) -> list[int]:
     return [half, room - half]
 
 
-def collate(examples: Sequence[dict[str, Any]], pad_id: int, longest: int, fixed: bool) -> dict[str, np.ndarray]:
+def collate(examples: Sequence[dict[str, Any]], pad_id: int, longest: int) -> dict[str, np.ndarray]:
     """A batch of examples ``{"input_ids": [T], …}``: padded on the right, with its mask; other fields are stacked."""
     ids = [example["input_ids"] for example in examples]
     batch = {
-        "input_ids": padded(ids, pad_id, longest, fixed),
-        "attention_mask": padded([np.ones(len(row), np.int32) for row in ids], 0, longest, fixed),
+        "input_ids": padded(ids, pad_id, longest),
+        "attention_mask": padded([np.ones(len(row), np.int32) for row in ids], 0, longest),
     }
     return batch | {name: np.stack([e[name] for e in examples]) for name in examples[0] if name != "input_ids"}
