@@ -46,13 +46,15 @@ def decoder_layer(
     head_mask,
     key,
     past,
+    own_keys: bool = True,
     query_block: int | None = None,
     flash: Flash | Decode | None = None,
     stay: bool = False,
 ):
     """One decoder layer, ``[B, T, D]`` to ``[B, T, D]``; also its attention weights and its cache buffers.
 
-    Computes in the dtype of ``x``, whatever that of the weights. With ``query_block`` attention goes over so many
+    Computes in the dtype of ``x``, whatever that of the weights. With ``own_keys`` the tokens look at their own keys
+    only, whatever a cache holds, and ``mask`` is of those. With ``query_block`` attention goes over so many
     queries at a time, with ``flash`` it is a kernel that needs no ``mask``; of both its weights are None. With ``stay``
     the tokens come to the matrices; see `tokens_travel`.
     """
@@ -75,7 +77,7 @@ def decoder_layer(
 
     def attention_block(y):
         own = weights["self_attn"]
-        options = past, query_block, flash
+        options = past, own_keys, query_block, flash
         out, *rest = _self_attention(config, placement, own, y, mask, head_mask, attention_key, *options)
         kept.extend(rest)
         return out
@@ -128,6 +130,7 @@ def _self_attention(
     head_mask,
     dropout_key,
     past,
+    own_keys,
     query_block,
     flash: Flash | Decode | None,
 ):
@@ -146,7 +149,8 @@ def _self_attention(
     if past is not None:
         k_buffer, v_buffer, index, layout = past
         buffers = write_columns(k_buffer, k, index, layout), write_columns(v_buffer, v, index, layout)
-    if past is None or (isinstance(flash, Flash) and flash.own_keys):
+    if own_keys or (isinstance(flash, Flash) and flash.own_keys):
+        layout = "heads"
         k, v = (constrain(placement, y.swapaxes(1, 2), "batch", "heads", None, None) for y in (k, v))
     elif buffers is not None:
         k, v = buffers
@@ -156,7 +160,7 @@ def _self_attention(
         out, attention = flash(q, k, v), None
     elif flash is not None:
         attention = None
-        if layout == "flat" and not flash.own_keys:
+        if layout == "flat":
             k, v = (by_heads(y, config.num_attention_heads) for y in (k, v))
         out = flash(q, *(y.reshape(b, config.num_attention_heads, -1, config.head_dim) for y in (k, v)))
     elif query_block is None:
@@ -165,7 +169,7 @@ def _self_attention(
     else:
         attention = None
         options |= dict(block=query_block, interleaved=placement is not None and placement.shards("length") > 1)
-        if past is None and t % query_block == 0:
+        if own_keys and t % query_block == 0:
             out = attend_in_blocks(q, k, v, mask, **options)
         else:
             out = attend_all_keys_in_blocks(q, k, v, mask, layout=layout, **options)

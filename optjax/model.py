@@ -214,13 +214,15 @@ def decoder(
     b, t = x.shape[:2]
     new_mask = jnp.ones((b, t), bool) if inputs.mask is None else jnp.asarray(inputs.mask)
     columns = jnp.arange(t, dtype=jnp.int32)
-    if cache is None:
-        mask = causal_mask(new_mask, columns)
-    else:
+    # Nothing else is in an empty cache, whose other columns need no look; but there is if it rounds what it is given.
+    own_keys = cache is None or (inputs.no_past and cache.dtype == x.dtype)
+    mask = causal_mask(new_mask, columns)
+    if cache is not None:
         all_masks = write_mask(cache.mask, new_mask, cache.index)
-        mask = causal_mask(all_masks, cache.index[..., None] + columns)
         if inputs.visible is not None:
             mask = inputs.visible[:, None]
+        elif not own_keys:
+            mask = causal_mask(all_masks, cache.index[..., None] + columns)
     keep_hidden, keep_attention = output_hidden_states, output_attentions
     block = flash = None
     kind = attention_of(params, inputs, keep_attention)
@@ -239,7 +241,7 @@ def decoder(
     def layer(x, weights, i, head_mask, buffers):
         key = None if inputs.dropout_key is None else jax.random.fold_in(inputs.dropout_key, i)
         past = None if cache is None else (*buffers, cache.index, cache.layout)
-        kind: Any = {"query_block": block, "flash": flash, "stay": stay}
+        kind: Any = {"own_keys": own_keys, "query_block": block, "flash": flash, "stay": stay}
         y, attention, buffers = decoder_layer(config, placement, weights, x, mask, head_mask, key, past, **kind)
         return y, (x if keep_hidden else None, attention if keep_attention else None, buffers)
 

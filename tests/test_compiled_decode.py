@@ -14,7 +14,7 @@ import optjax
 from optjax.attention_products import BLOCK
 from optjax.cache import init_cache
 from optjax.generation.beam import run_beams
-from optjax.generation.decode import _decode_step
+from optjax.generation.decode import _decode_step, _prefill
 from optjax.generation.loop import run_generate
 from optjax.generation.settings import as_settings
 
@@ -201,3 +201,18 @@ def test_the_check_sees_copies():
     every = computations(stacked.as_text())
     with pytest.raises(AssertionError, match="not a write"):
         check_body(every["ENTRY"], every, 8)
+
+
+@pytest.mark.parametrize("layout", ["heads", "flat"])
+def test_a_prompt_looks_at_its_own_columns(layout):
+    """Nothing else is in an empty cache, however long it is; and what it rounds, an int8 one, is read from it."""
+    tokens, columns = 48, COLUMNS
+
+    def scores(dtype, no_past: bool) -> bool:
+        params, ids = optjax.abstract_params(CONFIG), jax.ShapeDtypeStruct((2, tokens), jnp.int32)
+        cache = jax.eval_shape(lambda: init_cache(CONFIG, 2, columns, dtype, layout=layout))
+        text = _prefill.lower(params, ids, None, cache, None, "eager", no_past).compile().as_text()
+        return re.search(rf"f32\[(\d+,)*{tokens},{columns}\]", text) is not None
+
+    assert not scores(None, no_past=True)
+    assert scores(None, no_past=False) and scores("bfloat16", no_past=True) and scores("int8", no_past=True)
