@@ -1,4 +1,4 @@
-"""Every way of decoding gives the same ids on a mesh, inside somebody's jit and under x64, and takes 16 bits."""
+"""Every way of decoding gives the same ids on a mesh, in somebody's jit or shard_map and under x64; 16 bits will do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import optjax
 from optjax.sharding import make_mesh
@@ -20,6 +21,8 @@ IDS = np.random.default_rng(0).integers(3, 48, size=(ROWS, 7))
 MASK = np.ones_like(IDS)
 MASK[1, :3], MASK[2, 5:] = 0, 0
 WAYS = {
+    "greedy": {},
+    "sampled": dict(do_sample=True, top_k=20, top_p=0.95, typical_p=0.95),
     "beams": dict(num_beams=3, length_penalty=0.7, num_return_sequences=2),
     "sampled beams": dict(num_beams=2, do_sample=True),
     "groups": dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
@@ -78,6 +81,47 @@ def test_inside_jit(alone, way):
 
     found = outer(params, assistant, IDS, MASK, jax.random.key(5))
     np.testing.assert_array_equal(np.asarray(found), alone[way])
+
+
+@needs
+def test_inside_shard_map(way):
+    """Each device decodes rows of its own, in a program of the caller's."""
+    params, mesh, half = (
+        optjax.init_params(CONFIG, jax.random.key(1)),
+        make_mesh("data=2", jax.devices()[:2]),
+        ROWS // 2,
+    )
+    each = [generate(way, params, prompts=(IDS[rows], MASK[rows])) for rows in (slice(half), slice(half, None))]
+
+    options = dict(WAYS[way], max_new_tokens=N)
+    if "assistant_model" in options:
+        options["assistant_model"] = optjax.init_params(SMALLER, jax.random.key(2))
+    if options.get("do_sample"):
+        options["key"] = jax.random.key(5)
+
+    def inside(params, ids, mask):
+        return optjax.generate(params, ids, mask, **options)
+
+    np.testing.assert_array_equal(_by_rows(inside, mesh)(params, IDS, MASK), np.concatenate(each))
+
+
+def _by_rows(function, mesh):
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows))
+
+
+def test_stop_strings_inside_shard_map():
+    tokenizer, mesh = optjax.Tokenizer.load("opt-mini"), make_mesh("data=2", jax.devices()[:2])
+    params = optjax.init_params(CONFIG.replace(vocab_size=tokenizer.vocab_size), jax.random.key(1))
+    ids, mask = tokenizer(["The old house", "He", "She said that", "It was a very cold night"])
+
+    def decode(params, ids, mask):
+        options = dict(stop_strings=["e", "an"], tokenizer=tokenizer, max_new_tokens=12)
+        return optjax.generate(params, ids, mask, **options)
+
+    alone = decode(params, ids, mask)
+    assert (np.asarray(alone)[:, -1] == CONFIG.pad_token_id).any()
+    np.testing.assert_array_equal(_by_rows(decode, mesh)(params, ids, mask), alone)
 
 
 @needs

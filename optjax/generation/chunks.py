@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optjax.cache import Cache, write_mask
+from optjax.manual import as_after
 from optjax.model import Inputs, decoder
 from optjax.params import Params
 
@@ -67,7 +68,8 @@ def read(
 
     first_real = jnp.argmax(mask.any(0)).astype(jnp.int32)  # 0 where there is none; columns count in int32 in x64 too
     begin = jnp.maximum(first_real - rest, 0) // size
-    hidden, cache = jax.lax.fori_loop(begin, t // size, step, (hidden, cache))
+    carry = as_after(lambda carry: step(begin, carry), (hidden, cache))
+    hidden, cache = jax.lax.fori_loop(begin, t // size, step, carry)
     return hidden, dataclasses.replace(cache, index=start + t)
 
 

@@ -48,7 +48,7 @@ def search_prompts(table: StopTable, ids: jax.Array, mask: jax.Array) -> jax.Arr
         return jnp.where(real, find_stops(table, state, token)[0], state), None
 
     columns = ids[:, -last:].T, mask[:, -last:].T
-    return jax.lax.scan(step, jnp.zeros(ids.shape[0], jnp.int32), columns)[0]
+    return jax.lax.scan(step, jnp.zeros_like(ids[:, 0], jnp.int32), columns)[0]
 
 
 @lru_cache(maxsize=8)

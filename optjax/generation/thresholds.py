@@ -36,7 +36,7 @@ def _largest(x: jax.Array, enough) -> jax.Array:
         trial = threshold | bit
         return jnp.where(enough(ordered >= trial), trial, threshold)
 
-    threshold = jax.lax.fori_loop(0, 32, step, jnp.zeros((*x.shape[:-1], 1), jnp.uint32))
+    threshold = jax.lax.fori_loop(0, 32, step, jnp.zeros_like(ordered[..., :1]))
     return jnp.where(threshold == 0, -jnp.inf, _from_ordered(threshold))
 
 
