@@ -96,3 +96,15 @@ def test_steps_are_near_those_of_float32():
     kept = [loss for loss, left_out in zip(curves["float16"], skipped, strict=True) if not left_out]
     np.testing.assert_allclose(kept, curves["float32"][: len(kept)], rtol=1e-2)
     assert kept[-1] < 0.8 * kept[0]
+
+
+def test_a_run_may_go_on_in_another_dtype():
+    """Into float16 it looks for a scale from the first one on; out of it, nothing is left of the scale."""
+    recipe = Recipe(peak_lr=5e-3, total_steps=100, warmup_steps=0)
+    scales = {"float16": 2.0**12, "float32": 1.0}
+    state = init_state(init_params(CONFIG, jax.random.key(0), stacked=True))
+    for dtype in ("float32", "float16", "float16", "bfloat16", "float32", "float16"):
+        options = dataclasses.replace(HALF, dtype=dtype, loss_scale_init=2.0**12)
+        state, metrics = train_step(state, BATCH, recipe, 0, options)
+        assert float(metrics["loss_scale"]) == scales.get(dtype, 1.0) and not int(metrics["skipped"])
+        assert int(state.guard.good_steps) == 0 or dtype == "float16"

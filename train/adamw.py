@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from optjax.params import Params
 
-from .guard import Guard
+from .guard import Guard, loss_scale
 from .optimizer import Recipe, decayed, learning_rate
 from .options import StepOptions
 from .placing import place, shardings
@@ -62,16 +62,16 @@ def update(
     or the norm is not finite, weights and moments stay the same bits.
 
     Args:
-      gradients: of the loss times ``guard.loss_scale``.
+      gradients: of the loss times `loss_scale`.
       step: the number of finished steps; those that left out their update do not count where moments are unbiased.
 
     Returns:
       The new weights and moments, and ``grad_norm`` (before the gradient was clipped), ``lr`` and ``skipped``.
     """
     norm = jnp.sqrt(sum(jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(gradients)))
-    norm = norm / guard.loss_scale if options.scales_loss else norm
+    norm = norm / loss_scale(guard, options) if options.scales_loss else norm
     clip = jnp.where(norm < recipe.clip_norm, 1.0, recipe.clip_norm / norm)
-    clip = clip / guard.loss_scale if options.scales_loss else clip
+    clip = clip / loss_scale(guard, options) if options.scales_loss else clip
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     rate = learning_rate(recipe, step) * guard.lr_scale
     count = (step - guard.skipped + 1).astype(jnp.float32)

@@ -28,7 +28,7 @@ from optjax.sharding.overlap import compile_overlapped
 
 from .backward import batch_loss
 from .batches import Batch, check_arrays
-from .guard import Guard, after_step, init_guard
+from .guard import Guard, after_step, init_guard, loss_scale
 from .head_loss import loss_scales
 from .optimizer import Recipe, learning_rate
 from .options import PLAIN, StepOptions
@@ -146,9 +146,9 @@ def adapter_step(
     config, guard = base.config, state.guard
     rates = config.dropout, config.attention_dropout, config.layerdrop, state.adapters.config.lora_dropout
     key = jax.random.fold_in(jax.random.key(seed), state.step) if any(rate > 0 for rate in rates) else None
-    loss_scale = guard.loss_scale if options.scales_loss else jnp.float32(1.0)
-    loss, gradients = loss_and_adapter_gradients(state.adapters, base, batch, key, options, loss_scale)
-    gradients = jax.tree.map(lambda g: g / loss_scale, gradients) if options.scales_loss else gradients
+    scale = loss_scale(guard, options)
+    loss, gradients = loss_and_adapter_gradients(state.adapters, base, batch, key, options, scale)
+    gradients = jax.tree.map(lambda g: g / scale, gradients) if options.scales_loss else gradients
     norm = optax.tree.norm(_as_tree(gradients))
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     rate = learning_rate(recipe, state.step) * guard.lr_scale
@@ -163,7 +163,7 @@ def adapter_step(
         moments = jax.tree.map(jax.lax.with_sharding_constraint, moments, lie)
     new = AdapterState(place_adapters(adapters, base), moments, state.step + 1, after_step(guard, finite, options))
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
-    metrics = {"loss": loss, "grad_norm": norm, "lr": rate, "skipped": skipped, "loss_scale": guard.loss_scale}
+    metrics = {"loss": loss, "grad_norm": norm, "lr": rate, "skipped": skipped, "loss_scale": jnp.float32(scale)}
     return new, metrics
 
 

@@ -22,7 +22,8 @@ class Guard:
     Attributes:
       lr_scale: float32; the learning rate is multiplied by it.
       loss_scale: float32; under float16 the loss is multiplied by it before the backward pass, so that small gradients
-        do not vanish, and the gradients are divided by it after. Else 1.
+        do not vanish, and the gradients are divided by it after. Else 0: a run that goes on in float16 begins to look
+        for it then.
       good_steps: int32; finite updates since the loss scale last changed. Else 0.
       skipped: int32; updates left out, ever, because the loss or a gradient was not finite.
     """
@@ -47,7 +48,14 @@ def abstract_guard(sharding: Any) -> Guard:
 
 
 def first_scale(options: StepOptions) -> float:
-    return options.loss_scale_init if options.scales_loss else 1.0
+    return options.loss_scale_init if options.scales_loss else 0.0
+
+
+def loss_scale(guard: Guard, options: StepOptions) -> jax.Array | float:
+    """What the loss of the next step is multiplied by."""
+    if not options.scales_loss:
+        return 1.0
+    return jnp.where(guard.loss_scale > 0, guard.loss_scale, options.loss_scale_init)
 
 
 def after_step(guard: Guard, finite: jax.Array, options: StepOptions) -> Guard:
@@ -58,10 +66,12 @@ def after_step(guard: Guard, finite: jax.Array, options: StepOptions) -> Guard:
     """
     skipped = guard.skipped + jnp.where(finite, 0, 1)
     if not options.scales_loss:
-        return dataclasses.replace(guard, skipped=skipped)
+        none = jnp.zeros_like(guard.loss_scale), jnp.zeros_like(guard.good_steps)
+        return Guard(guard.lr_scale, *none, skipped)
+    now = loss_scale(guard, options)
     good = jnp.where(finite, guard.good_steps + 1, 0)
     grows = good == options.loss_scale_window
-    larger = jnp.where(jnp.isfinite(2.0 * guard.loss_scale), 2.0 * guard.loss_scale, guard.loss_scale)
-    smaller = jnp.maximum(0.5 * guard.loss_scale, options.loss_scale_floor)
-    scale = jnp.where(finite, jnp.where(grows, larger, guard.loss_scale), smaller)
+    larger = jnp.where(jnp.isfinite(2.0 * now), 2.0 * now, now)
+    smaller = jnp.maximum(0.5 * now, options.loss_scale_floor)
+    scale = jnp.where(finite, jnp.where(grows, larger, now), smaller)
     return Guard(guard.lr_scale, scale, jnp.where(grows, 0, good), skipped)

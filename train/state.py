@@ -17,7 +17,7 @@ from optjax.sharding.overlap import compile_overlapped
 from .adamw import Moments, init_moments, update
 from .backward import check_not_quantized, loss_and_gradients
 from .batches import Batch, check_arrays
-from .guard import Guard, abstract_guard, after_step, init_guard
+from .guard import Guard, abstract_guard, after_step, init_guard, loss_scale
 from .optimizer import Recipe
 from .options import PLAIN, StepOptions
 from .placing import everywhere, place, shardings
@@ -102,13 +102,13 @@ def train_step(
     config = params.config
     random = config.dropout > 0 or config.attention_dropout > 0 or config.layerdrop > 0
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
-    loss_scale = guard.loss_scale if options.scales_loss else 1.0
-    loss, gradients = loss_and_gradients(params, batch, key, options, loss_scale)
+    scale = loss_scale(guard, options)
+    loss, gradients = loss_and_gradients(params, batch, key, options, scale)
     params, moments, metrics = update(
         recipe, params, place(gradients), state.moments, state.step, options, guard=guard, loss=loss
     )
     guard = after_step(guard, metrics["skipped"] == 0, options)
-    metrics |= {"loss": loss, "loss_scale": state.guard.loss_scale}
+    metrics |= {"loss": loss, "loss_scale": jnp.float32(scale)}
     return TrainState(params, moments, state.step + 1, guard), metrics
 
 
