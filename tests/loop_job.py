@@ -90,7 +90,7 @@ def step(state: State, x: jax.Array):
     return new, {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": (~fine).astype(jnp.int32)}
 
 
-def make_job(plant: dict[int, float] | None = None, slow: float = 0.0, **more) -> Job:
+def make_job(plant: dict[int, float] | None = None, slow: float = 0.0, width: int = 8, **more) -> Job:
     """Weights split over all devices, and so the rows of a batch; on one device where there are no more."""
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("x",), ()))
@@ -98,10 +98,11 @@ def make_job(plant: dict[int, float] | None = None, slow: float = 0.0, **more) -
     def like(shape, sharding, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    target = State(like((D, 8), split), like((D, 8), split), like((), whole, jnp.int32), Guard(like((), whole)))
+    target = State(like((D, width), split), like((D, width), split), like((), whole, jnp.int32), Guard(like((), whole)))
 
     def init():
-        values = State(jnp.ones((D, 8)), jnp.zeros((D, 8)), jnp.zeros((), jnp.int32), Guard(jnp.ones(())))
+        weights = 1.0 + 1e-3 * jax.random.normal(jax.random.key(2), (D, width))  # files of ones would be very small
+        values = State(weights, jnp.zeros((D, width)), jnp.zeros((), jnp.int32), Guard(jnp.ones(())))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
         return jax.jit(lambda tree: tree, out_shardings=shardings)(values)
 
@@ -131,12 +132,13 @@ def main() -> None:
     """Runs the job in FOLDER, with options and arguments of `make_job`, and a `death`: of `process`, by `signal`, once
     its `step`-th step is handed to the device, or as soon as a file `exists` (a pattern, in the folder)."""
     from optjax.sharding import initialize
-    from optjax.train.checkpoint import remember_run
+    from optjax.train import checkpoint
 
     initialize()
     multihost_utils.reached_preemption_sync_point = _in_turn(multihost_utils.reached_preemption_sync_point)
     folder, changes, more = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     death = more.pop("death", None)
+    checkpoint.PATIENCE = more.pop("patience", checkpoint.PATIENCE)
     more |= {"evaluate": lambda state: {"mean": float(jnp.mean(state.weights))}, "better": ("mean", "min")}
     job = make_job({int(n): factor for n, factor in more.pop("plant", {}).items()}, **more)
     if death is not None and death.get("process", 0) == jax.process_index():
@@ -145,7 +147,7 @@ def main() -> None:
             job = dataclasses.replace(job, step=_after(job.step, death["step"], die))
         else:
             threading.Thread(target=_once, args=(Path(folder), death["exists"], die), daemon=True).start()
-    remember_run(folder, job.about)  # as a script does that writes settings before the loop begins
+    checkpoint.remember_run(folder, job.about)  # as a script does that writes settings before the loop begins
     given = options(**changes)
     state = run(job, folder, given)
     whole = jax.jit(lambda tree: tree, out_shardings=state.step.sharding)(state)

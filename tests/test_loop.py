@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from loop_job import SPIKES, make_job, options
 
 from optjax.train.checkpoint import Checkpoints, restore_best
 from optjax.train.divergence import Diverged
+from optjax.train.interrupt import Interrupt
 from optjax.train.log import read_events, read_log
 from optjax.train.loop import run
 from optjax.train.report import main as report
@@ -171,6 +173,44 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, kind
     assert (tmp_path / "run" / "damaged" / "12").is_dir() and saved(tmp_path / "run") == [8, 12, 16]
 
 
+@dropped_reads
+def test_a_rollback_passes_over_a_damaged_checkpoint(tmp_path):
+    job = make_job(PLANTED)
+    counted = itertools.count(1)
+
+    def step(state, batch):
+        if next(counted) == 13:
+            damage(tmp_path / "checkpoints" / "8", "truncated")
+        return job.step(state, batch)
+
+    state = run(dataclasses.replace(job, step=step), tmp_path, options(total_steps=20))
+    assert int(state.step) == 20 and (tmp_path / "damaged" / "8").is_dir()
+    assert [(event["event"], event.get("back_to")) for event in read_events(tmp_path)] == [
+        ("damaged", None),
+        ("rollback", 4),
+    ]
+
+
+@dropped_reads
+def test_who_only_reads_leaves_all_as_it_is(tmp_path):
+    """A save under way and a damaged checkpoint: the run that the folder belongs to may be going on."""
+    job = make_job()
+    run(job, tmp_path, options(stop_at=8))
+    under_way = tmp_path / "checkpoints" / "12.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    damage(tmp_path / "checkpoints" / "8", "unlisted")
+    said = []
+    with Checkpoints(tmp_path, say=said.append, read_only=True) as checkpoints:
+        assert int(checkpoints.restore(job.target).step) == 4
+    assert "step 8 is damaged" in said[0] and saved(tmp_path) == [4, 8] and under_way.is_dir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"), Checkpoints(tmp_path / "no", read_only=True) as no:
+        no.restore(job.target)
+    assert not (tmp_path / "no").exists()
+    with Checkpoints(tmp_path, say=said.append) as checkpoints:
+        checkpoints.restore(job.target)
+    assert saved(tmp_path) == [4] and not under_way.exists()
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
     run(make_job(), tmp_path, options(stop_at=8))
     for step in (4, 8):
@@ -239,6 +279,30 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert restore_best(tmp_path / "six", job.target) is None
     with pytest.raises(ValueError, match="best.*'f2'.*f1"):
         run(make_job(evaluate=evaluate, better=("f2", "max")), tmp_path / "wrong", options(eval_every=3))
+
+
+def test_the_best_checkpoint_may_be_of_an_earlier_step_after_a_rollback(tmp_path):
+    scores = iter([5.0, 4.0, 3.0, 2.0, 1.0, 9.0, 9.0, 9.0, 9.0])
+    seen = []
+
+    def evaluate(state):
+        seen.append((next(scores), int(state.step)))
+        return {"loss": seen[-1][0]}
+
+    job = make_job(PLANTED, evaluate=evaluate, better=("loss", "min"))
+    run(job, tmp_path, options(total_steps=20, eval_every=3))
+    assert seen[3][1] > seen[4][1], seen
+    assert restore_best(tmp_path, job.target).loop == {"step": seen[4][1], "loss": 1.0}
+    assert [path.name for path in (tmp_path / "best").iterdir() if path.name.isdecimal()] == [str(seen[4][1])]
+
+
+def test_processes_that_agreed_to_stop_do_not_forget_it(monkeypatch):
+    """The service says so at one step, which may be one that is rolled back."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 3)
+    interrupt = Interrupt()
+    assert [interrupt.received() for _ in range(5)] == [False, False, True, True, True] and asked == [1, 2, 3]
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):

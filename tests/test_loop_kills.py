@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 from kills import finish, finished, output, same, start
 
+from optjax.train.interrupt import STOPPED
 from optjax.train.log import read_events
 
 OPTIONS = {"total_steps": 16, "save_every": 4, "log_every": 2, "eval_every": 8}
@@ -48,3 +50,22 @@ def test_kills_change_no_bit(tmp_path, processes, deaths):
     assert same(finished(folder, options, MORE, processes), whole), output(folder)
     for each in ("whole", "killed"):
         assert [event["back_to"] for event in read_events(tmp_path / each)] == [8]
+
+
+def test_damage_that_one_process_finds(tmp_path):
+    """The other waits for it inside of orbax. It says so, and started again both go on from the checkpoint before."""
+    options, more, folder = OPTIONS | {"total_steps": 12}, {"width": 4096}, tmp_path / "run"
+    assert finish(start(folder, options | {"stop_at": 8}, more, 2)) == [0, 0], output(folder)
+    for path in (folder / "checkpoints/8/state/ocdbt.process_1/d").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))  # as long as it was: no size tells
+    started = start(folder, options, more | {"patience": 2.0}, 2)
+    try:
+        while all(process.poll() is None for process in started):
+            time.sleep(0.05)
+    finally:
+        for process in started:
+            process.kill()
+    assert STOPPED in [process.wait() for process in started], output(folder)
+    assert "checkpoint of step 8 is damaged" in output(folder) and (folder / "damaged" / "8").is_dir()
+    whole = finished(tmp_path / "whole", options, more, 2)
+    assert same(finished(folder, options, more, 2), whole), output(folder)

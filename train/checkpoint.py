@@ -7,12 +7,16 @@ trained so that a resumed run cannot be mistaken for another. A checkpoint count
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,9 +26,13 @@ from jax.experimental import multihost_utils
 from optjax.config import OPTConfig
 from optjax.params import Params, unstack_layers
 
+from .interrupt import STOPPED
 from .state import abstract_state
 
 SIZES = "sizes.json"
+# Seconds that a process which cannot read a checkpoint waits for the others to say so too, and one which can.
+PATIENCE, LONGEST = 60.0, 3600.0
+_READ = itertools.count()  # the same on every process: they all read the same checkpoints in turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +58,26 @@ class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last one and closes them.
 
     The newest `keep` whose step is a multiple of `every` stay, and the newest of all: where a run was stopped by hand,
-    which changes nothing of what it goes back to later.
+    which changes nothing of what it goes back to later. ``read_only`` leaves all as it is, a save under way of the run
+    that the folder belongs to included.
     """
 
     def __init__(
-        self, folder: str | Path, keep: int = 2, every: int = 1, say: Callable[[str], None] = print, name: str = ""
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        every: int = 1,
+        say: Callable[[str], None] = print,
+        name: str = "",
+        read_only: bool = False,
     ):
         self.folder = Path(folder).absolute()
         self._path = self.folder / (name or "checkpoints")
-        self.say = say
+        self.say, self._read_only = say, read_only
         options = ocp.CheckpointManagerOptions(
-            create=True,
-            cleanup_tmp_directories=True,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
             preservation_policy=_Regular(keep, every),
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name or None),
         )
@@ -107,9 +123,10 @@ class Checkpoints:
         self._unsized = step
 
     def replace(self, state: Any, loader: dict[str, Any], loop: dict[str, Any]) -> None:
-        """`save`, in place of a checkpoint of that step if there is one."""
-        if int(state.step) in self._manager.all_steps():
-            self._manager.delete(int(state.step))
+        """`save`, in place of checkpoints of that step and of later ones, which a rollback may have left."""
+        for step in reversed(self.steps):
+            if step >= int(state.step):
+                self._manager.delete(step)
         self.save(state, loader, loop)
 
     def wait(self) -> bool:
@@ -132,7 +149,10 @@ class Checkpoints:
 
     def resume(self, target: Any, steps: Sequence[int] | None = None) -> Restored:
         """The newest checkpoint that can be read (of those of some steps). Newer, damaged ones are reported, and moved
-        to the run's folder `damaged`.
+        to the run's folder `damaged` unless all is to be left as it is.
+
+        Of several processes one may find damage while the others wait for it inside of orbax. Then it moves the
+        checkpoint, says so, and ends with status 75: started again, they all go on from the one before.
 
         Args:
           target: the state as `jax.ShapeDtypeStruct` with shardings; its mesh, rules and number of processes need not
@@ -151,7 +171,8 @@ class Checkpoints:
             if restored is not None:
                 for damaged, why in reasons.items():
                     self.say(f"the checkpoint of step {damaged} is damaged ({why}); going on from step {step}")
-                    self._set_aside(damaged)
+                    if not self._read_only:
+                        self._set_aside(damaged)
                 return restored
             reasons[step] = reason
         listed = "; ".join(f"step {step}: {why}" for step, why in reasons.items())
@@ -174,17 +195,31 @@ class Checkpoints:
             found = self._manager.restore(step, args=args)
         except Exception as error:  # orbax and tensorstore raise all kinds; which of them does not matter
             wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(not wrong)).all():
-            return wrong or "another process cannot read it", None
+        if jax.process_count() > 1:
+            if not _all_have_read(PATIENCE if wrong else LONGEST):
+                self._give_up(step, wrong or "another process could not read it")
+            if not multihost_utils.process_allgather(np.array(not wrong)).all():
+                return wrong or "another process cannot read it", None
         return wrong, found and Restored(found["state"], found["loader"], found["loop"])
+
+    def _give_up(self, step: int, why: str) -> NoReturn:
+        text = f"the checkpoint of step {step} is damaged ({why}); the same command goes on from the one before"
+        with contextlib.suppress(OSError):  # another process may have moved it
+            if not self._read_only:
+                self._move(step)
+        print(text, file=sys.stderr, flush=True)
+        os._exit(STOPPED)  # an orderly end would wait for the others
+
+    def _move(self, step: int) -> None:
+        target = self.folder / "damaged" / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (self._path / str(step)).rename(target)
 
     def _set_aside(self, step: int) -> None:
         _together(f"checkpoint {step} is damaged")
         if jax.process_index() == 0:
-            target = self.folder / "damaged" / str(step)
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            (self._path / str(step)).rename(target)
+            self._move(step)
         _together(f"checkpoint {step} is set aside")
         self._manager.reload()
 
@@ -234,6 +269,17 @@ def _compare_sizes(folder: Path) -> str:
     return wrong
 
 
+def _all_have_read(seconds: float) -> bool:
+    """Whether every process has come out of reading a checkpoint, with or without it, within that time. Asked where no
+    process has to be at the devices: one that failed has left the others waiting there."""
+    try:
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        barrier(key=f"a checkpoint is read, {next(_READ)}", timeout_ms=int(1000 * seconds))
+    except Exception:  # what jax raises is a RuntimeError of several kinds
+        return False
+    return True
+
+
 def _together(what: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
@@ -243,7 +289,7 @@ def restore_best(folder: str | Path, target: Any) -> Restored | None:
     """The checkpoint whose validation figure was best; its figures are in `loop`. None: no figure was asked for yet."""
     if not (Path(folder) / "best").is_dir():
         return None
-    with Checkpoints(folder, keep=1, name="best") as best:
+    with Checkpoints(folder, keep=1, name="best", read_only=True) as best:
         return best.resume(target) if best.steps else None
 
 
@@ -280,6 +326,6 @@ def load_run(folder: str | Path) -> Params:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected the folder of a run of optjax.train.pretrain")
     about = json.loads(path.read_text())
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         state = checkpoints.restore(abstract_state(OPTConfig.from_dict(about["config"]), stacked=about["stacked"]))
     return unstack_layers(state.params)

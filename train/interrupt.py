@@ -21,16 +21,18 @@ class Interrupt:
     """
 
     def __init__(self):
-        self._signalled = False
+        self._signalled = self._agreed = False
         self._asked = 0
         self._before: dict[int, object] = {}
 
     def received(self) -> bool:
-        """Whether to stop now. To be asked once after every step, by every process."""
+        """Whether to stop, from the step on at which all do. To be asked once after every step, by every process."""
         if jax.process_count() == 1:
             return self._signalled
         self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        # The service says so at one step only, whose answer a rollback may pass over.
+        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._agreed
 
     def __enter__(self) -> Interrupt:
         # Of several processes, each has the service's own handler of SIGTERM.

@@ -200,15 +200,14 @@ class _Loop:
         self.flying, self.unlogged, self.unjudged, self.state = [], [], [], None
         self.settle()
         every = self.options.save_every
-        steps = self.checkpoints.steps
-        good = [step for step in steps if step % every == 0 and step + spikes.margin < event.first]
+        good = [step for step in self.checkpoints.steps if step % every == 0 and step + spikes.margin < event.first]
         if good:
             found = self.checkpoints.resume(self.job.target, good)
             state, saved = found.state, remembered(found.loop["memory"])
         else:
             state, saved = self.job.init(), Memory()
         at, self.done = self.done, int(state.step)
-        for step in reversed(steps):
+        for step in reversed(self.checkpoints.steps):  # without those that were damaged
             if step > self.done:
                 self.checkpoints.remove(step)
         self.memory = rolled_back(self.memory, saved)
