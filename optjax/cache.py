@@ -110,9 +110,9 @@ def init_cache(
         layout = default_layout(platform(placement))
     if layout not in LAYOUTS:
         raise ValueError(f"no cache layout {layout!r}; there are: {', '.join(LAYOUTS)}")
-    b, s, h, k = batch_size, max_length, config.num_attention_heads, config.head_dim
+    b, s, h = batch_size, max_length, config.num_attention_heads
     rows = () if layout == "heads" and b == 1 else (b,)
-    shape, scales = (*rows, s, h * k) if layout == "flat" else (*rows, h, s, k), (*rows, h, s)
+    shape, scales = (*rows, *_columns(config, s, layout)), (*rows, h, s)
     axes = cache_axes(layout, b)
 
     def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
@@ -126,6 +126,24 @@ def init_cache(
     keys, values = (tuple(buffer() for _ in range(config.num_hidden_layers)) for _ in range(2))
     mask, lengths = zeros((b, s), ("batch", None), bool), zeros((b,), ("batch",), jnp.int32)
     return Cache(keys, values, mask, lengths, zeros((), (), jnp.int32), layout)
+
+
+def _columns(config: OPTConfig, columns: int, layout: str) -> tuple[int, ...]:
+    """The shape of one row's keys or values."""
+    if layout == "flat":
+        return columns, config.hidden_size
+    return config.num_attention_heads, columns, config.head_dim
+
+
+def fits(config: OPTConfig, cache: Cache) -> bool:
+    """Whether a cache is one for a model of these shapes. Of a flat one the heads are not known, unless it is int8."""
+    row = _columns(config, cache.max_length, cache.layout)
+    heads = (config.num_attention_heads, cache.max_length)
+
+    def one(buffer: Buffer) -> bool:
+        return buffer.shape[-len(row) :] == row and (not isinstance(buffer, Codes) or buffer.scales.shape[-2:] == heads)
+
+    return len(cache.keys) == config.num_hidden_layers and all(map(one, (*cache.keys, *cache.values)))
 
 
 def own_cache(params: Params, batch_size: int, max_length: int, dtype: Any = None) -> Cache:

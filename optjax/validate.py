@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optjax.cache import Cache
+from optjax.cache import Cache, fits
 from optjax.config import OPTConfig
 from optjax.params import Params
 
@@ -109,6 +109,18 @@ def as_head_mask(head_mask: Any, config: OPTConfig) -> jax.Array | np.ndarray:
     return np.broadcast_to(np.asarray(array), full) if is_concrete(array) else jnp.broadcast_to(array, full)
 
 
+def check_cache(config: OPTConfig, cache: Cache) -> None:
+    """ValueError where a cache is of a model of another shape, or was given away."""
+    if not isinstance(cache.index, Tracer) and isinstance(cache.index, jax.Array) and cache.index.is_deleted():
+        raise ValueError("the cache was donated to an earlier call; go on with the one that came back from it")
+    if not fits(config, cache):
+        raise ValueError(
+            f"the cache is of a model of another shape: {len(cache.keys)} layers of {cache.keys[0].shape}, and this "
+            f"model has {config.num_hidden_layers}, with {config.num_attention_heads} heads of {config.head_dim}; make "
+            "it with init_cache(params, …)"
+        )
+
+
 def check_positions(
     config: OPTConfig,
     mask: Any | None,
@@ -116,10 +128,12 @@ def check_positions(
     cache: Cache | None,
     shape: tuple[int, int],
 ) -> None:
-    """ValueError where a token would get a position past the table's end, or a column past the cache's."""
+    """ValueError where a token would get a position past the table's end, or a column past the cache's; or where the
+    cache is none to write to."""
     b, t = shape
     limit = config.max_position_embeddings
     if cache is not None:
+        check_cache(config, cache)
         if cache.batch_size != b:
             raise ValueError(f"the cache is for {cache.batch_size} rows, and ids have {b}")
         used = int(cache.index) if is_concrete(cache.index) else 0

@@ -179,6 +179,13 @@ def test_what_does_not_fit(pair):
         optjax.generate(params, np.ones((3, 4), int), max_new_tokens=2, prefix=prefix)
     with pytest.raises(ValueError, match="model of another shape"):
         optjax.generate(make_pair(SMALLER)[1], ids, max_new_tokens=2, prefix=prefix)
+    for change in ({"num_attention_heads": 1}, {"num_hidden_layers": params.config.num_hidden_layers + 1}):
+        other = optjax.init_params(params.config.replace(**change), jax.random.key(0))
+        with pytest.raises(ValueError, match="model of another shape"):
+            optjax.score(other, [[1]] * 2, prefix=prefix)
+    smaller = optjax.init_params(params.config.replace(vocab_size=9), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"the prefix's ids.* is 10, outside the vocabulary: 0 to 8"):
+        optjax.generate(smaller, [[1]], max_new_tokens=2, prefix=optjax.read_prefix(params, [[3, 10]]))
     with pytest.raises(ValueError, match="65 tokens in a row, its prefix included"):
         optjax.prefill(params, np.ones((2, 25), int), max_length=30, prefix=prefix)
     with pytest.raises(ValueError, match="of a new cache"):

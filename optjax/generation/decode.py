@@ -21,6 +21,7 @@ from optjax.validate import (
     as_array,
     as_ids,
     as_mask,
+    check_cache,
     check_params,
     check_positions,
     check_range,
@@ -74,7 +75,7 @@ def prefill(
     chunk_size = as_chunk_size(prefill_chunk_size)
     columns = 0
     if cache is None:
-        if not isinstance(max_length, int | np.integer):
+        if not isinstance(max_length, int | np.integer) or isinstance(max_length, bool):
             raise ValueError(f"max_length should be an integer, not {max_length!r}")
         if max_length < ids.shape[1]:
             raise ValueError(f"max_length {max_length} is less than the {ids.shape[1]} columns of the prompt")
@@ -126,6 +127,7 @@ def decode_step(
     ids = as_array(ids, "ids")
     if not isinstance(cache, Cache):
         raise ValueError(f"cache should come from prefill or init_cache, got {type(cache).__name__}")
+    check_cache(params.config, cache)
     if ids.shape != (cache.batch_size,) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids should be integers of shape {(cache.batch_size,)}, got {ids.dtype} {ids.shape}")
     if not isinstance(ids, jax.Array):

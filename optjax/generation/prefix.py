@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optjax.cache import Cache, fast_dtype, grow_cache, init_cache, map_columns, reorder_cache
+from optjax.cache import Cache, fast_dtype, fits, grow_cache, init_cache, map_columns, reorder_cache
 from optjax.cache import cache_dtype as as_cache_dtype
 from optjax.generation.aligned import right_aligned
 from optjax.generation.buckets import pad_to_bucket
@@ -18,7 +18,15 @@ from optjax.generation.chunks import as_chunk_size, read
 from optjax.kernels.choice import spread_by_hand
 from optjax.params import Params
 from optjax.placed import constrain
-from optjax.validate import as_ids, as_mask, check_params, check_positions, check_rows_not_empty, is_concrete
+from optjax.validate import (
+    as_ids,
+    as_mask,
+    check_params,
+    check_positions,
+    check_range,
+    check_rows_not_empty,
+    is_concrete,
+)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "ids", "hidden"], meta_fields=[])
@@ -100,10 +108,9 @@ def check_prefix(params: Params, prefix: Any, rows: int) -> np.ndarray:
     if not isinstance(prefix, Prefix):
         raise ValueError(f"prefix should come from read_prefix, got {type(prefix).__name__}")
     config, cache = params.config, prefix.cache
-    numbers = prefix.batch_size * prefix.columns * config.hidden_size
-    same = len(cache.keys) == config.num_hidden_layers and prefix.hidden.shape[-1] == config.embed_dim
-    if not same or int(np.prod(cache.keys[0].shape)) != numbers:
+    if not fits(config, cache) or prefix.hidden.shape[-1] != config.embed_dim:
         raise ValueError("the prefix was read by a model of another shape; read it with these params")
+    check_range(prefix.ids, 0, config.vocab_size, "the prefix's ids", "the vocabulary")
     if prefix.batch_size not in (1, rows):
         raise ValueError(f"the prefix has {prefix.batch_size} rows, and ids have {rows}; it should have 1 or as many")
     lengths = np.asarray(cache.lengths) if is_concrete(cache.lengths) else np.ones(prefix.batch_size, np.int32)
