@@ -272,6 +272,7 @@ def test_without_a_prompt_there_is_a_sample(run):
         (["generate", "the", "--negative-prompt", "a"], None, 2, ["--negative-prompt", "--guidance-scale"]),
         (["generate", "the", "--num-assistant-tokens", "2"], None, 2, ["--assistant-model"]),
         (["generate", "the", "--exponential-decay-length-penalty", "1.5", "2"], None, 2, ["whole number", "1.5"]),
+        (["generate", "the", "--exponential-decay-length-penalty", "inf", "2"], None, 2, ["whole number", "inf"]),
         (["generate", "the", "--prompt-lookup-num-tokens", "2", "--num-beams", "2"], None, 1, ["num_beams"]),
         (["generate", "the", "-n", "0"], None, 2, ["-n", "'0'"]),
         (["generate", "the", "--seed", "-1"], None, 2, ["--seed"]),

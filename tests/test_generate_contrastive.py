@@ -19,6 +19,21 @@ def test_same_ids_as_transformers():
     check_answers("contrastive", np.load(Path(__file__).parent / "golden" / "search_contrastive.npz"))
 
 
+@pytest.mark.parametrize("penalty_alpha", [0.3, 0.9])
+def test_what_may_not_come_does_not(penalty_alpha):
+    """Fewer ids may come than there are candidates: the others have no probability, and are the most unlike."""
+    params = make_pair(CONFIG, seed=3)[1]
+    ids = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (8, 6))
+    options = dict(penalty_alpha=penalty_alpha, top_k=5, max_new_tokens=6, eos_token_id=[])
+
+    def new(ids, **more):
+        return np.asarray(optjax.generate(params, ids, **options, **more))[:, ids.shape[1] :]
+
+    assert set(new(ids, suppress_tokens=range(2, CONFIG.vocab_size)).flat) == {0, 1}
+    assert (new(ids, forced_eos_token_id=7)[:, -1] == 7).all()
+    assert (new(ids[:, :1], forced_bos_token_id=7)[:, 0] == 7).all()
+
+
 def test_rows_streams_and_numbers():
     """A row alone and a stream say the same; another penalty_alpha compiles nothing; a tiny one is greedy search."""
     params = make_pair(CONFIG, seed=3)[1]

@@ -43,9 +43,15 @@ OPTIONS = [
     (dict(num_beam=4), "unknown option 'num_beam'", "did you mean 'num_beams'?"),
     (dict(temprature=1, top_p=7), "'temprature'", "top_p should be above 0 and at most 1, not 7"),
     # numbers
-    *[(dict(temperature=x), "temperature should be above 0", "do_sample=False") for x in (0, -1, 1e-50, "1", True)],
-    *[(dict(temperature=x), "temperature should be above 0") for x in (float("nan"), float("inf"), 1e40, [1.0])],
-    *[(dict(repetition_penalty=x), "repetition_penalty should be above 0") for x in (0, -1.0, "x")],
+    *[
+        (dict(temperature=x), "temperature should be above 0", "do_sample=False")
+        for x in (0, -1, 1e-50, 1e-35, "1", True)
+    ],
+    *[(dict(temperature=x), "temperature should be above 0") for x in (float("nan"), float("inf"), 1e40, [1.0], 1j)],
+    *[
+        (dict(repetition_penalty=x), "repetition_penalty should be above 0")
+        for x in (0, -1.0, 1e-39, "x", np.complex64(2))
+    ],
     *[(dict(top_p=x), "top_p should be above 0 and at most 1") for x in (0, 1.1, -0.5, 1e-60, False)],
     *[(dict(typical_p=x), "typical_p should be above 0 and at most 1") for x in (0, 1.1)],
     *[(dict(min_p=x), "min_p should be from 0 to 1") for x in (-0.1, 1.01)],
@@ -86,6 +92,8 @@ OPTIONS = [
     *[(dict(bad_words_ids=x), "bad_words_ids should be a list of lists") for x in ([3], 3, [[]], [[1], []], "ab")],
     *[(dict(bad_words_ids=x), "bad_words_ids holds", "the vocabulary of 47") for x in ([[47]], [[1, -2]], [[1.0]])],
     (dict(begin_suppress_tokens=range(30), suppress_tokens=range(30, 47)), "begin_suppress_tokens leaves no token"),
+    (dict(forced_bos_token_id=7, suppress_tokens=[6, 7]), "forced_bos_token_id 7 is among suppress_tokens"),
+    (dict(forced_eos_token_id=[3, 4], suppress_tokens=[3, 4]), "forced_eos_token_id [3, 4] is among suppress_tokens"),
     (dict(forced_bos_token_id=47), "forced_bos_token_id holds 47"),
     (dict(forced_eos_token_id=[2, 47]), "forced_eos_token_id holds 47"),
     *[
@@ -262,6 +270,28 @@ def test_prefill(params):
     )
     # a later chunk may not leave out a row that has begun: its logits would be of nothing
     refuse(lambda: optjax.prefill(params, IDS, [[1, 1, 1], [0, 0, 0]], cache=cache), "row 1", "on the left")
+
+
+def test_caches_of_other_models(params):
+    """Of a flat cache the heads are not known."""
+    k, d = CONFIG.head_dim, CONFIG.hidden_size
+    for layout in optjax.cache.LAYOUTS:
+        larger = [CONFIG.replace(num_hidden_layers=CONFIG.num_hidden_layers + 1), CONFIG.replace(hidden_size=2 * d)]
+        others = [*larger, CONFIG.replace(num_attention_heads=d // k // 2)] if layout == "heads" else larger
+        for config in others:
+            cache = optjax.init_cache(config, 2, 12, layout=layout)
+            refuse(lambda cache=cache: optjax.decode_step(params, [1, 2], cache), "of a model of another shape")
+            refuse(lambda cache=cache: optjax.prefill(params, IDS, cache=cache), "of a model of another shape")
+            refuse(lambda cache=cache: optjax.forward(params, IDS, cache=cache), f"{len(cache.keys)} layers of")
+    coded = optjax.init_cache(CONFIG.replace(num_attention_heads=1), 2, 12, "int8", layout="flat")
+    refuse(lambda: optjax.decode_step(params, [1, 2], coded), "of a model of another shape")
+
+
+def test_a_cache_that_was_given_away(params):
+    _, cache = optjax.prefill(params, IDS, max_length=12)
+    optjax.decode_step(params, [1, 2], cache)
+    refuse(lambda: optjax.decode_step(params, [1, 2], cache), "donated to an earlier call", "the one that came back")
+    refuse(lambda: optjax.prefill(params, IDS, cache=cache), "donated to an earlier call")
 
 
 def test_decode_step(params):

@@ -117,6 +117,20 @@ def test_forbidden_ends_stay_forbidden_under_a_decay(case):
     assert not np.isin(new[:, :8], EOS).any() and np.isin(new, EOS).any(1).mean() > 0.9
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_decay_may_grow_beyond_all_numbers(case, do_sample):
+    """10 ** 60 is none of float32's; an end that may come then comes, and one that may not does not."""
+    _, params, prompts, rng = case
+    ids, mask = pad(prompts, "left", rng, V)
+    out = optjax.generate(
+        params, ids, mask, max_new_tokens=NEW, eos_token_id=EOS, min_new_tokens=NEW - 2, do_sample=do_sample,
+        exponential_decay_length_penalty=(0, 1e20), return_dict_in_generate=True, key=jax.random.key(0),
+    )  # fmt: skip
+    assert np.isfinite(np.asarray(out.logprobs)).all()
+    new = np.asarray(out.sequences)[:, ids.shape[1] :]
+    assert not np.isin(new[:, : NEW - 2], EOS).any() and np.isin(new[:, NEW - 2], EOS).all()
+
+
 class Halves(transformers.LogitsProcessor):
     """Scores of ids that the row's last two tokens add up to become 20 higher, as `prefers_sums` below has it."""
 

@@ -227,7 +227,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     options |= {name: given[name] for name in _OTHERS if given[name] is not None}
     if arguments.exponential_decay_length_penalty is not None:
         start, factor = arguments.exponential_decay_length_penalty
-        if start != int(start):
+        if not start.is_integer():  # as infinity is not
             raise UsageError(f"--exponential-decay-length-penalty begins after a whole number of tokens, not {start:g}")
         options["exponential_decay_length_penalty"] = int(start), factor
     _check_pairs(arguments)

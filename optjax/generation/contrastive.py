@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.cache import Cache, keep_one_column
-from optjax.generation.history import History
+from optjax.generation.history import NEVER, History
 from optjax.generation.search import Contrastive
 from optjax.heads import lm_logits
 from optjax.model import Inputs, decoder
@@ -65,7 +65,9 @@ def look_ahead(
     # The cache may have fewer columns as yet: see stages.py.
     said = jnp.pad(said, ((0, 0), (0, 0), (0, context.shape[1] - said.shape[2])))
     degeneration = jnp.where(said, likeness, -jnp.inf).max(-1)
-    chosen = jnp.argmax((1 - search.penalty_alpha) * probability - search.penalty_alpha * degeneration, axis=-1)
+    value = (1 - search.penalty_alpha) * probability - search.penalty_alpha * degeneration
+    # What may not come has no probability, and may be the most unlike.
+    chosen = jnp.argmax(jnp.where(jnp.take_along_axis(scores, ids, axis=-1) == NEVER, -jnp.inf, value), axis=-1)
     rows = jnp.arange(b)
     token, hidden = ids[rows, chosen], hidden[rows, chosen]
     context = jax.lax.dynamic_update_slice_in_dim(context, _directions(hidden)[:, None], history.count, axis=1)

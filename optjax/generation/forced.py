@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from optjax.generation.history import NEVER, History
 from optjax.generation.settings import Settings
 
+# Far above every score, and far below what is no number any more.
+_LARGE = 1e30
+
 
 def min_length(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
     short = history.count - history.first < settings.min_length
@@ -32,8 +35,9 @@ def exponential_decay_length_penalty(settings: Settings, history: History, score
     start, factor = settings.decay
     since = history.new - start
     ends = scores[:, settings.eos_ids]
-    # An end that may not come stays so; transformers makes NaN of it.
-    more = jnp.where(jnp.isfinite(ends), jnp.abs(ends), 0.0) * (factor ** since.astype(jnp.float32) - 1)
+    growth = jnp.minimum(factor ** since.astype(jnp.float32) - 1, _LARGE)
+    # An end that may not come stays so; transformers makes NaN of it, and of one that has grown beyond all numbers.
+    more = jnp.where(jnp.isfinite(ends), jnp.minimum(jnp.abs(ends) * growth, _LARGE), 0.0)
     return jnp.where(since > 0, scores.at[:, settings.eos_ids].set(ends + more), scores)
 
 

@@ -46,7 +46,7 @@ class Reader:
         value = self.options.get(name)
         if value is None:
             return None
-        real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         # Looked at as the float32 it becomes, where 1e-50 is 0.
         if not real or not abs(value) < 1e30 or not ok(np.float32(value)):
             self.problems.append(f"{name} should be {wanted}, not {value!r}")
@@ -151,6 +151,9 @@ class Reader:
             return []
         return [int(i) for i in listed]
 
+
+# What one divides by: hardware takes the smallest numbers for 0, and quotients by somewhat larger ones are none.
+LEAST = 1e-30
 
 _LISTS = (list, tuple, set, frozenset, range)
 

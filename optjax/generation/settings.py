@@ -19,7 +19,7 @@ from optjax.config import OPTConfig
 from optjax.generation.guidance import Guidance
 from optjax.generation.options import Options
 from optjax.generation.prefix import Prefix
-from optjax.generation.reader import Reader
+from optjax.generation.reader import LEAST, Reader
 from optjax.generation.search import Beams, Contrastive, read_search
 from optjax.generation.speculation import Speculation, read_speculation
 from optjax.generation.stop_strings import StopTable, stop_table
@@ -161,6 +161,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
     if samples > 1 and not do_sample and search["beams"] is None:
         read.problems.append(f"num_return_sequences={samples} without do_sample=True would repeat one greedy answer")
     sampling = _sampling(read, config)  # checked also where do_sample is off and they do nothing
+    sequences = _sequences(read, eos_ids)
     stop_strings = read.texts("stop_strings")
     if stop_strings and options.get("tokenizer") is None:
         read.problems.append("stop_strings needs the tokenizer of the ids: tokenizer=")
@@ -180,9 +181,9 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         prefill_chunk_size=_chunk_size(read),
         prefix=options.get("prefix"),
         **_repetition(read, config),
-        **_sequences(read, eos_ids),
+        **sequences,
         **search,
-        **_ends(read, eos_ids, max_new_tokens),
+        **_ends(read, eos_ids, sequences["suppressed"], max_new_tokens),
         **(sampling if do_sample else {}),
     )
     if read.problems:
@@ -232,10 +233,10 @@ def _chunk_size(read: Reader) -> int | None:
 
 def _sampling(read: Reader, config: OPTConfig) -> dict[str, Any]:
     unit = "above 0 and at most 1"
-    above = "above 0 (for the most probable token use do_sample=False)"
+    above = f"above 0, {LEAST:g} or more (for the most probable token use do_sample=False)"
     top_k = read.count("top_k", 50, none=0)
     return {
-        "temperature": read.number("temperature", lambda x: x > 0, above, off=1.0),
+        "temperature": read.number("temperature", lambda x: x >= LEAST, above, off=1.0),
         "top_k": np.int32(min(top_k, config.vocab_size)) if top_k else None,
         "top_p": read.number("top_p", lambda x: 0 < x <= 1, unit, off=1.0),
         "min_p": read.number("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -252,8 +253,12 @@ def _repetition(read: Reader, config: OPTConfig) -> dict[str, Any]:
         return n if n <= config.max_position_embeddings else 0
 
     return {
-        "repetition_penalty": read.number("repetition_penalty", lambda x: x > 0, "above 0", off=1.0),
-        "encoder_repetition_penalty": read.number("encoder_repetition_penalty", lambda x: x > 0, "above 0", off=1.0),
+        "repetition_penalty": read.number(
+            "repetition_penalty", lambda x: x >= LEAST, f"above 0, {LEAST:g} or more", off=1.0
+        ),
+        "encoder_repetition_penalty": read.number(
+            "encoder_repetition_penalty", lambda x: x >= LEAST, f"above 0, {LEAST:g} or more", off=1.0
+        ),
         "no_repeat_ngram_size": ngram("no_repeat_ngram_size"),
         "encoder_no_repeat_ngram_size": ngram("encoder_no_repeat_ngram_size"),
     }
@@ -278,13 +283,19 @@ def _sequences(read: Reader, eos_ids: list[int]) -> dict[str, Any]:
     }
 
 
-def _ends(read: Reader, eos_ids: list[int], max_new_tokens: int | None) -> dict[str, Any]:
+def _ends(
+    read: Reader, eos_ids: list[int], suppressed: np.ndarray | None, max_new_tokens: int | None
+) -> dict[str, Any]:
     at_least, in_all = read.count("min_new_tokens", 0), read.count("min_length", 0)
     if at_least and in_all:
         read.problems.append(f"min_new_tokens={at_least} and min_length={in_all} say the same thing twice; give one")
     forced_bos, forced_eos = read.one_id("forced_bos_token_id"), read.ids("forced_eos_token_id")
     if forced_eos and max_new_tokens is None:
         read.problems.append("forced_eos_token_id needs to know max_new_tokens")
+    never = np.flatnonzero(np.zeros(0) if suppressed is None else suppressed)
+    for name, forced in (("forced_bos_token_id", forced_bos), ("forced_eos_token_id", forced_eos or None)):
+        if forced is not None and np.isin(forced, never).all():
+            read.problems.append(f"{name} {forced} is among suppress_tokens, which never come")
     decay = read.pair("exponential_decay_length_penalty")
     if decay is not None and not eos_ids:
         read.problems.append("exponential_decay_length_penalty needs an end of sequence: give eos_token_id")
