@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -215,8 +216,12 @@ def _listed(rows: Any) -> list[tuple[int, Any]]:
 
 
 def _as_row(row: Any, vocab_size: int, name: str, may_be_empty: bool = False) -> np.ndarray:
-    if isinstance(row, str | bytes) or np.ndim(row) != 1:
-        got = repr(row[:20]) if isinstance(row, str | bytes) else f"shape {np.shape(row)}"
+    try:
+        dimensions = np.ndim(row)
+    except ValueError:  # rows of rows of different lengths
+        dimensions = 2
+    if isinstance(row, str | bytes) or dimensions != 1:
+        got = reprlib.repr(row) if isinstance(row, str | bytes | list | tuple) else f"shape {np.shape(row)}"
         raise ValueError(f"{name} should be a list of ids, got {got}")
     if len(row) == 0:
         if may_be_empty:

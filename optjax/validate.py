@@ -165,7 +165,7 @@ def check_positions(
         )
 
 
-def check_rows_not_empty(mask: Any | None, cache: Cache | None = None) -> None:
+def check_rows_not_empty(mask: Any | None, cache: Cache | None = None, name: str = "attention_mask") -> None:
     """ValueError if a row has no real token; of a prompt read in chunks, none after its first ones."""
     if mask is None or not is_concrete(mask) or (cache is not None and not is_concrete(cache.lengths)):
         return
@@ -176,4 +176,4 @@ def check_rows_not_empty(mask: Any | None, cache: Cache | None = None) -> None:
         empty &= np.asarray(cache.lengths) > 0
         advice = "pad chunked prompts on the left, where the logits of every row are those after its last token"
     if empty.any():
-        raise ValueError(f"attention_mask is all 0 in row {int(empty.argmax())}: {advice}")
+        raise ValueError(f"{name} is all 0 in row {int(empty.argmax())}: {advice}")

@@ -287,6 +287,10 @@ def test_caches_of_other_models(params):
     refuse(lambda: optjax.decode_step(params, [1, 2], coded), "of a model of another shape")
 
 
+def test_ends_that_are_named_twice_count_once():
+    assert as_settings(CONFIG, dict(eos_token_id=[5, 6, 5] * 20, num_beams=2)).eos_ids.tolist() == [5, 6]
+
+
 def test_a_cache_that_was_given_away(params):
     _, cache = optjax.prefill(params, IDS, max_length=12)
     optjax.decode_step(params, [1, 2], cache)

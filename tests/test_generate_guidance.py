@@ -68,6 +68,10 @@ def test_refusals(case):
         (dict(guidance_scale="2"), "guidance_scale should be a number"),
         (dict(negative_prompt_ids=ids), "of no use without a guidance_scale"),
         (dict(guidance_scale=2, negative_prompt_attention_mask=ids), "negative_prompt_ids, which are not given"),
+        (
+            dict(guidance_scale=2, negative_prompt_ids=ids, negative_prompt_attention_mask=np.zeros_like(ids)),
+            "negative_prompt_attention_mask is all 0 in row 0",
+        ),
         (dict(guidance_scale=2, prompt_lookup_num_tokens=3), "do not go together"),
         (dict(guidance_scale=2, num_beams=2), "goes with neither num_beams above 1"),
         (dict(guidance_scale=2, negative_prompt_ids=ids.repeat(2, 0)), "a row for each of the 1 prompts"),

@@ -142,6 +142,7 @@ def test_refusals(pair):
             (([[5]], [[]]), {}, r"continuations\[0\] is empty"),
             (([[5], [6]], [[7]]), {}, "2 prompts and 1 continuations"),
             (([5, 6],), {}, r"prompts\[0\] should be a list of ids, got shape \(\)"),
+            (([[1, [2]]],), {}, r"prompts\[0\] should be a list of ids, got \[1, \[2\]\]"),
             ((["text"],), {}, r"prompts\[0\] should be a list of ids, got 'text'"),
             (("text",), {}, "expected a list of lists of ids, got str"),
             (([[1.5]],), {}, "should be integers"),

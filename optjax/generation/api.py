@@ -277,7 +277,7 @@ def _negative_prompts(config: OPTConfig, rows: int, max_new_tokens: int, options
     )
     if ids.shape[0] != rows:
         raise ValueError(f"{name} should have a row for each of the {rows} prompts, got shape {ids.shape}")
-    check_rows_not_empty(mask)
+    check_rows_not_empty(mask, name="negative_prompt_attention_mask")
     longest = int(np.asarray(mask).sum(1).max()) if is_concrete(mask) else 1
     if longest + max_new_tokens > config.max_position_embeddings:
         raise ValueError(

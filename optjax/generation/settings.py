@@ -148,7 +148,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
     do_sample, output_scores = read.flag("do_sample"), read.flag("output_scores")
     samples = read.count("num_return_sequences", 1, low=1)
     if options.get("eos_token_id") is not None:
-        eos_ids = read.ids("eos_token_id")
+        eos_ids = list(dict.fromkeys(read.ids("eos_token_id")))
     else:
         # What the config says may lie outside a small vocabulary: then no token ends a row.
         eos = config.eos_token_id
