@@ -292,6 +292,17 @@ def test_windows_are_those_of_transformers_tokenizer(tokenizer, theirs, length, 
         assert here.tolist() == [_new_check_is_max_context(spans, i, position) for position in at]
 
 
+def test_what_is_cut_off_a_question_is_not_asked(tokenizer, theirs):
+    """Cut as transformers' preprocessing of SQuAD cuts it, before the question meets its context."""
+    question = "Where did the old house stand before all of it was taken down and nobody said so?"
+    cut = theirs.encode(question, add_special_tokens=False, truncation=True, max_length=7)
+    wanted = theirs(
+        theirs.decode(cut), CONTEXT, truncation="only_second", max_length=20, stride=5, return_overflowing_tokens=True
+    )
+    ours = windows([asked(question, "a man")], tokenizer, 20, 5, max_question_length=7)
+    assert len(ours) > 1 and [window.ids.tolist() for window in ours] == wanted["input_ids"]
+
+
 def test_windows_need_room(tokenizer):
     with pytest.raises(ValueError, match="question 'q' of 6 tokens leaves 7 of --max-length 14 .* --doc-stride 8"):
         windows([asked("Where did the house stand?", "road")], tokenizer, 14, 8)

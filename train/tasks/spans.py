@@ -67,8 +67,9 @@ def windows(
             )
         context = backend.encode(question.context, add_special_tokens=False)
         context.truncate(room, stride=doc_stride)
-        pair = backend.post_process(ids, context)
-        made += _with_central([_window(i, question, each) for each in (pair, *pair.overflowing)])
+        # Pairs of their overflowing parts are not wanted: what is cut off the question would be asked in its place.
+        pairs = [backend.post_process(ids, part) for part in (context, *context.overflowing)]
+        made += _with_central([_window(i, question, pair) for pair in pairs])
     return made
 
 
