@@ -13,7 +13,9 @@ import transformers
 from optjax import OPTConfig, Tokenizer, init_params, load_params, save_params
 from optjax.train import answer, classify, finetune, loop
 from optjax.train.log import read_log
+from optjax.train.optimizer import learning_rate
 from optjax.train.options import StepOptions
+from optjax.train.tasks import flags
 from optjax.train.tasks.causal import Fields, collate, encode_examples, packed_rows
 from optjax.train.tasks.language import evaluate
 from optjax.train.tasks.table import Row, read_rows, write_rows
@@ -204,6 +206,26 @@ def test_a_language_model_learns_its_completions(small, tmp_path):
         pair["completion"] for pair in PAIRS
     ] * 8
     assert json.loads((run / "metrics.json").read_text())["loss"] < 0.1
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 50])
+def test_the_learning_rate_falls_as_that_of_transformers(total):
+    """Every step trains: the first too, which transformers gives a rate of 0 where there is a warm-up."""
+    args = finetune._parser().parse_args(["--model", "opt-mini"])
+    recipe = flags.recipe(args, total)
+    warmup = recipe.warmup_steps
+    assert warmup == round(0.06 * total)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=flags.LR)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, total)
+    wanted = []
+    for _ in range(total):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    ours = [float(learning_rate(recipe, step)) for step in range(total)]
+    assert ours[0] > 0 and ours[-1] > 0
+    np.testing.assert_allclose(ours[warmup:], wanted[warmup:], rtol=1e-5)
+    np.testing.assert_allclose(ours[:warmup], wanted[1 : warmup + 1], rtol=1e-5)
 
 
 # Adapters.

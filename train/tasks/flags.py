@@ -25,7 +25,8 @@ LR, LORA_LR = 5e-5, 2e-4
 
 RECIPE = """\
 AdamW with the usual values for fine-tuning: three epochs, a linear rise of the learning rate over the first 6% of the
-steps, then a linear fall to 0. For a model as small as opt-mini take a rate about ten times as large.
+steps, then a linear fall that would be at 0 one step after the last. For a model as small as opt-mini take a rate about
+ten times as large.
 """
 
 
@@ -75,7 +76,7 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
     add("--batch-size", type=int, default=batch_size, metavar="N", help=f"rows per step ({batch_size})")
     add("--lr", type=float, metavar="X", help=f"peak learning rate ({LR:g}; with LoRA {LORA_LR:g})")
     add("--warmup-fraction", type=float, default=0.06, metavar="X", help="of all steps (0.06)")
-    add("--final-fraction", type=float, default=0.0, metavar="X", help="of the peak, at the last step (0)")
+    add("--final-fraction", type=float, default=0.0, metavar="X", help="of the peak, after the last step (0)")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="not on biases and norms (0.01)")
     add("--betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"), help="(0.9 0.999)")
     add("--eps", type=float, default=1e-8, metavar="X", help="of AdamW (1e-8)")
@@ -147,7 +148,9 @@ def recipe(args: argparse.Namespace, total_steps: int) -> Recipe:
         raise ValueError(f"--warmup-fraction should lie in [0, 1], not {args.warmup_fraction}")
     rate = args.lr or (LORA_LR if args.lora_r else LR)
     warmup = round(args.warmup_fraction * total_steps)
-    return shared.recipe(args, peak_lr=rate, total_steps=total_steps, warmup_steps=warmup)
+    # As transformers' schedule falls: from the first step after the warm-up to an end that lies after the last step. A
+    # last step at a rate of 0 would change nothing, and it may be the only one.
+    return shared.recipe(args, peak_lr=rate, total_steps=total_steps + 1, warmup_steps=warmup, decay_from=warmup + 1)
 
 
 def check(args: argparse.Namespace) -> None:
