@@ -145,6 +145,14 @@ def test_resuming_continues_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_micro_batches_are_validated_on_the_same_text(tmp_path):
+    for parts in (1, 4):
+        once = {"stop_at": 1, "eval_every": 1, "eval_batches": 2}
+        run(tmp_path / str(parts), CONFIG, step=StepOptions(micro_batches=parts), **once)
+    one, four = (read_log(tmp_path / name)[0]["validation_loss"] for name in ("1", "4"))
+    assert four == pytest.approx(one, rel=1e-4)
+
+
 def test_a_run_over_devices_goes_on_over_others(tmp_path):
     """Every batch, mask and update as on one device, up to rounding; what resumes on the same mesh is the same bits."""
     levers = StepOptions(micro_batches=2, remat="full", loss_chunks=3)

@@ -45,7 +45,7 @@ class Options:
       init_scheme: as of `optjax.init_params`.
       weights: a checkpoint to begin with (as of `optjax.load_params`), in place of new weights.
       boundaries: documents of a row do not see each other.
-      eval_batches: of the validation text, from its beginning.
+      eval_batches: of the validation text, from its beginning, in `batch_size` rows each.
     """
 
     batch_size: int
@@ -135,9 +135,11 @@ def _evaluate(
 ) -> Callable | None:
     if validation is None:
         return None
-    size = options.batch_size // options.step.micro_batches
+    # A forward pass takes as many rows as one of training does; the text measured is the same in any number of parts.
+    parts = options.step.micro_batches
+    size, count = options.batch_size // parts, options.eval_batches * parts
     how: dict[str, Any] = {**batches, "batch_size": size, "rows": rows(params, size), "boundaries": options.boundaries}
-    text = text_batches(validation, max_batches=options.eval_batches, **how)
+    text = text_batches(validation, max_batches=count, **how)
     return lambda state: evaluate(
         state.params, text, options.step, batch_size=size, bytes_per_token=text.bytes_per_token
     )
