@@ -1,6 +1,7 @@
 """The command that pretrains: presets, settings, and from a text file to a model that others load."""
 
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import transformers
 
 import optjax
 from optjax import OPTConfig
-from optjax.train import pretrain, settings
+from optjax.train import pack, pretrain, settings
 from optjax.train.checkpoint import load_run
 from optjax.train.data.store import read_about
 from optjax.train.sources import parse_source, tokenizer_of
@@ -143,6 +144,37 @@ def test_prompts_that_leave_no_room_are_left_out(tmp_path, monkeypatch, capsys):
     (packed / "about.json").write_text(json.dumps(about | {"tokenizer": "/no/such/folder"}))
     assert tokenizer_of([(packed, 1.0)], None) is None
     assert "no sample texts" in (said := capsys.readouterr().err) and "/no/such/folder" in said
+
+
+def test_validation_is_in_the_tokens_of_the_data(tmp_path, monkeypatch, capsys):
+    """Text beside a packed one is packed by the same tokenizer, found where the packed one says; no text is measured
+    in the tokens of another."""
+    monkeypatch.chdir(tmp_path)
+    CONFIG.to_json("config.json")
+    Path("text.txt").write_text("a b c " * 200)
+    pack.main("--documents text.txt --tokenizer opt-mini --out data --quiet --workers 1".split())
+    words = "--config config.json --length 16 --batch-size 8 --steps 1 --quiet --prompts --run run".split()
+
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main([*words, *more])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    assert pretrain.main([*words, "--data", "data", "--validation", "text.txt"]) == 0
+    [made] = Path("run/text").iterdir()
+    assert read_about(made)["tokenizer_sha256"] == read_about(Path("data"))["tokenizer_sha256"]
+
+    about = read_about(Path("data"))
+    for folder, changes in (("moved", {"tokenizer": "no/where"}), ("silent", {"tokenizer": ""}),
+                            ("other", {"tokenizer_sha256": "0"})):  # fmt: skip
+        shutil.copytree("data", folder)
+        Path(folder, "about.json").write_text(json.dumps(about | changes))
+    Path("more.txt").write_text("a b c " * 200)
+    assert "no/where, to pack more.txt with, cannot be had" in refused("--data", "moved", "--validation", "more.txt")
+    assert "silent beside it does not say" in refused("--data", "silent", "--validation", "more.txt")
+    said = refused("--data", "data", "--validation", "other")
+    assert "data and other were packed with different tokenizers: tokenizer_sha256" in said
 
 
 def test_begins_with_the_weights_of_a_checkpoint(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 def _validation(args: argparse.Namespace) -> Path | None:
     if args.validation is None:
         return None
-    how = {"text_field": args.text_field, "quiet": args.quiet}
+    how = {"text_field": args.text_field, "quiet": args.quiet, "beside": args.data}
     [(path, _)] = packed([args.validation], args.tokenizer, args.run / "text", **how)
     return path
 
@@ -191,7 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "packed text (the folder of optjax.train.pack), or what it packs; several with weights: web=0.8 books=0.2"
     add("--data", nargs="+", required=True, metavar="PATH[=WEIGHT]", help=text)
     add("--validation", metavar="PATH", help="another one, measured every --eval-every steps")
-    text = "folder, hub id or opt-mini: packs text, writes samples, goes with --export (facebook/opt-125m to pack)"
+    text = "folder, hub id or opt-mini: packs text, writes samples, goes with --export"
+    text = f"{text} (that of packed --data; to pack all of it facebook/opt-125m)"
     add("--tokenizer", metavar="SOURCE", help=text)
     add("--text-field", default="text", metavar="NAME", help="of text that is packed first (text)")
     add("--boundaries", action=on_or_off, default=False, help="documents of a row do not see each other")

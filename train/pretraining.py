@@ -16,7 +16,8 @@ from optjax.sharding import make_mesh
 
 from .checkpoint import remember_run
 from .data import open_text, text_batches
-from .data.text import Sources
+from .data.store import check_tokenizers, read_about
+from .data.text import Sources, with_weights
 from .job import Job, LoopOptions
 from .loop import run
 from .loss import evaluate
@@ -84,7 +85,8 @@ def pretrain(
 
     Raises:
       ValueError: the folder holds another run, records are longer than the model's positions, the tokenizer has more
-        entries than the model, or something does not divide over the mesh.
+        entries than the model, the validation was packed with another tokenizer than the text, or something does not
+        divide over the mesh.
       FileNotFoundError: the text is not there.
     """
     mesh = None if options.mesh is None else make_mesh(options.mesh)
@@ -95,6 +97,9 @@ def pretrain(
     of_process = {"rows": rows(target.params, options.batch_size), "boundaries": options.boundaries}
     batches = {"length": length, "batch_size": options.batch_size, "vocab_size": config.vocab_size}
     evaluate, sample = _evaluate(validation, target.params, options, batches), _sample(tokenizer, prompts, config)
+    if validation is not None:
+        named = [path for path, _ in with_weights(text)]
+        check_tokenizers({Path(path): read_about(Path(path)) for path in (*named, validation)})
     loader = open_text(text, seed=options.seed, **batches, **of_process)
 
     def compile(state: TrainState, batch: Any) -> Any:

@@ -36,9 +36,19 @@ def parse_source(text: str) -> tuple[str, float]:
 
 
 def packed(
-    names: Sequence[str], tokenizer: str | None, folder: str | Path, *, text_field: str = "text", quiet: bool = False
+    names: Sequence[str],
+    tokenizer: str | None,
+    folder: str | Path,
+    *,
+    beside: Sequence[str] = (),
+    text_field: str = "text",
+    quiet: bool = False,
 ) -> list[tuple[Path, float]]:
     """Folders of packed text with their weights; what is not packed yet is, into ``folder``, by the first process.
+
+    Args:
+      tokenizer: to pack with. By default that of the text that is packed already, else `OPT`.
+      beside: other text of the run, named alike.
 
     Raises:
       FileNotFoundError: there is no such text.
@@ -46,12 +56,15 @@ def packed(
     """
     found = [parse_source(name) for name in names]
     ready = [(Path(path), weight) for path, weight in found]
-    todo = [i for i, (path, _) in enumerate(ready) if not (path / ABOUT).is_file()]
+    todo = [i for i, (path, _) in enumerate(ready) if not _is_packed(path)]
+    before = [path for path in (Path(parse_source(name)[0]) for name in (*names, *beside)) if _is_packed(path)]
+    if todo and before and tokenizer is None:
+        tokenizer = _tokenizer_beside(before[0], found[todo[0]][0])
     for i in todo:
         ready[i] = Path(folder) / _name(found[i][0], tokenizer, text_field), found[i][1]
     if todo and jax.process_index() == 0:
         for i in todo:
-            if not (ready[i][0] / ABOUT).is_file():
+            if not _is_packed(ready[i][0]):
                 _pack(found[i][0], tokenizer or OPT, ready[i][0], text_field, quiet)
     if todo and jax.process_count() > 1:
         multihost_utils.sync_global_devices("text is packed")
@@ -80,6 +93,25 @@ def tokenizer_of(sources: Sequence[tuple[Path, float]], named: str | None, *, qu
         return None
 
 
+def _is_packed(path: Path) -> bool:
+    return (path / ABOUT).is_file()
+
+
+def _tokenizer_beside(folder: Path, text: str) -> str | None:
+    """The name of the tokenizer with which a folder was packed, to pack another text with; None: `OPT`.
+
+    Raises:
+      ValueError: the folder does not say.
+    """
+    name = read_about(folder).get("tokenizer")
+    if not name:
+        raise ValueError(
+            f"{text} is not packed yet, and {folder} beside it does not say by which tokenizer it was packed: give "
+            "that with --tokenizer"
+        )
+    return None if name == OPT else name
+
+
 def _name(path: str, tokenizer: str | None, text_field: str) -> str:
     """Another text, tokenizer or field is another folder."""
     about = f"{Path(path).resolve()}\n{tokenizer}\n{text_field}"
@@ -87,7 +119,16 @@ def _name(path: str, tokenizer: str | None, text_field: str) -> str:
 
 
 def _pack(path: str, tokenizer: str, out: Path, text_field: str, quiet: bool) -> None:
+    from optjax.tokenizer import Tokenizer
+
     from . import pack
 
+    try:
+        Tokenizer.load(tokenizer)
+    except (ValueError, OSError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"the tokenizer {tokenizer}, to pack {path} with, cannot be had ({why}): say with --tokenizer where it is"
+        ) from None
     words = ["--documents", path, "--tokenizer", tokenizer, "--out", str(out), "--text-field", text_field]
     pack.main([*words, *(["--quiet"] if quiet else [])])

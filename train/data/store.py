@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,22 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not known:
         raise ValueError(f"{path} is of format {about['format']}, this version reads {FORMAT}; pack the text again")
     return about
+
+
+def check_tokenizers(abouts: Mapping[Path, dict[str, Any]]) -> None:
+    """Whether folders were packed with one tokenizer, as far as what their `about.json` says tells.
+
+    Raises:
+      ValueError: they were not.
+    """
+    for name in ("vocab_size", "eos_token_id", "tokenizer_sha256"):
+        known = [(about[name], folder) for folder, about in abouts.items() if about.get(name) is not None]
+        for value, folder in known[1:]:
+            if value != known[0][0]:
+                raise ValueError(
+                    f"{known[0][1]} and {folder} were packed with different tokenizers: {name} is {known[0][0]} and "
+                    f"{value}; pack one of them again"
+                )
 
 
 def _check_size(folder: Path, shard: Shard) -> None:

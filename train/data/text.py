@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .loader import ENDLESS, Batch, Epochs, Loader, check_rows, check_seed, mixed_seed
-from .store import PackedText
+from .store import PackedText, check_tokenizers
 
 IGNORE_INDEX = -100
 PAD = 1
@@ -61,9 +61,9 @@ def open_text(
 
     Raises:
       FileNotFoundError, ValueError: as `PackedText`; a weight that is not above 0; a source named twice; sources of
-        different tokenizers' sizes or </s>; fewer windows than a batch needs.
+        different tokenizers; fewer windows than a batch needs.
     """
-    named = [(sources, 1.0)] if isinstance(sources, str | Path) else list(sources)
+    named = with_weights(sources)
     if not named:
         raise ValueError("expected at least one folder of packed text, got none")
     for path, weight in named:
@@ -72,9 +72,7 @@ def open_text(
     texts = tuple(PackedText(path, length, vocab_size) for path, _ in named)
     if len({text.identity for text in texts}) < len(texts):
         raise ValueError(f"one text is named twice among {[str(path) for path, _ in named]}; give it once")
-    for name in ("vocab_size", "eos_token_id"):
-        if len(found := {text.about[name] for text in texts}) > 1:
-            raise ValueError(f"the sources were packed with different tokenizers: {name} is {sorted(found)}")
+    check_tokenizers({text.folder: text.about for text in texts})
     records = sum(map(len, texts))
     if records < batch_size:
         raise ValueError(f"a batch of {batch_size} records from a text of {records}; ask for a smaller batch")
@@ -98,6 +96,11 @@ def open_text(
     given = sum(share * text.bytes_per_token for share, text in zip(shares, texts, strict=True))
     loader.bytes_per_token = given / sum(shares)
     return loader
+
+
+def with_weights(sources: Sources) -> list[tuple[str | Path, float]]:
+    """Each source with its weight, where one alone may stand without."""
+    return [(sources, 1.0)] if isinstance(sources, str | Path) else list(sources)
 
 
 def segments(input_ids: np.ndarray, eos_token_id: int) -> np.ndarray:
