@@ -175,6 +175,16 @@ def test_a_run_over_devices_goes_on_over_others(tmp_path):
     assert load_run(tmp_path / "whole").placement is None
 
 
+def test_dropout_may_change_on_resume(tmp_path):
+    run(tmp_path / "run", stop_at=1)
+    rates = {"dropout": 0.0, "attention_dropout": 0.1, "layerdrop": 0.1}
+    state = run(tmp_path / "run", CONFIG.replace(**rates), stop_at=2)
+    assert int(state.step) == 2 and state.params.config.attention_dropout == 0.1
+    assert load_run(tmp_path / "run").config == DROPOUT
+    with pytest.raises(ValueError, match="another run.*config was"):
+        run(tmp_path / "run", DROPOUT.replace(activation_function="gelu"))
+
+
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     run(tmp_path, stop_at=1)
     with pytest.raises(ValueError, match="another run.*seed was 0, is 1"):

@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout (0)")
     add("--init", choices=["hf", "paper"], help="initialization scheme (paper)")
 
-    add = parser.add_argument_group("over which devices, and how (all of it may change on resume)").add_argument
+    add = parser.add_argument_group("over which devices, and how (all but --stacked may change on resume)").add_argument
     add("--mesh", metavar="SPEC", help="such as fsdp=32,tensor=8; -1 is the rest (chosen for the devices at hand)")
     add("--rules", choices=list(RULES), help=f"what is split over which axis of the mesh ({DEFAULT_RULES})")
     text = (

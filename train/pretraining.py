@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from .stepping import model_flops, step_function
 
 # Of a sample text at an evaluation.
 SAMPLE_TOKENS = 64
+# Of the config, when a run goes on.
+MAY_CHANGE = ("dropout", "attention_dropout", "layerdrop")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ def pretrain(
         init=lambda: init_state(_first_weights(config, options, spread), options.step),
         step=step_function(compile, target.params, options.batch_size),
         loader=loader,
-        about=_about(config, options),
+        about=_about(config, options, folder),
         tokens_per_step=options.batch_size * length,
         flops_per_step=model_flops(config, options.batch_size, length),
         evaluate=evaluate,
@@ -123,9 +126,12 @@ def pretrain(
         return run(job, folder, loop)
 
 
-def _about(config: OPTConfig, options: Options) -> dict[str, Any]:
-    """What a run cannot change on the way."""
-    about = {"config": config.to_dict(), "seed": options.seed, "stacked": options.stacked}
+def _about(config: OPTConfig, options: Options, folder: str | Path) -> dict[str, Any]:
+    """What a run cannot change on the way. Of what it can, that is the value that it began with."""
+    path = Path(folder) / "run.json"
+    begun = json.loads(path.read_text(encoding="utf-8")).get("config", {}) if path.is_file() else {}
+    shown = config.to_dict() | {name: begun[name] for name in MAY_CHANGE if name in begun}
+    about = {"config": shown, "seed": options.seed, "stacked": options.stacked}
     return about | ({"init": options.init_scheme} if options.weights is None else {"weights": options.weights})
 
 

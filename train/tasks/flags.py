@@ -93,7 +93,7 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
     add("--lora-target", nargs="+", metavar="NAME", help=text)
     add("--quantize", choices=KINDS, help="the frozen weights; needs --lora-r")
 
-    group = parser.add_argument_group("over which devices, and how (all of it may change on resume)")
+    group = parser.add_argument_group("over which devices, and how (all but --stacked may change on resume)")
     add = group.add_argument
     text = "such as fsdp=4,tensor=2; -1 is the rest (one device; of several processes all, fsdp=-1)"
     add("--mesh", metavar="SPEC", help=text)
