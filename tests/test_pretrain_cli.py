@@ -29,7 +29,7 @@ CONFIG = OPTConfig(
 
 
 def resolved(*words: str) -> types.SimpleNamespace:
-    args = settings.parse(pretrain._parser(), ["--data", "x", *words])
+    args = settings.parse(pretrain._parser(), ["--data", "x", *words], pretrain.beaten)
     pretrain.resolve(args)
     return types.SimpleNamespace(**vars(args))
 
@@ -55,9 +55,41 @@ def test_flags_change_a_preset():
     assert (args.steps, args.warmup, args.batch_size, args.dtype) == (625, 32, 16, "float32")
 
 
+def over(saved: types.SimpleNamespace, folder: Path, *words: str) -> types.SimpleNamespace:
+    """Flags over the settings that a run has saved."""
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings.resolved(saved)))
+    args = settings.parse(pretrain._parser(), ["--settings", str(folder), *words], pretrain.beaten)
+    pretrain.resolve(args)
+    return types.SimpleNamespace(**vars(args))
+
+
+def test_flags_beat_what_a_run_has_saved(tmp_path):
+    first = resolved("--preset", "opt-125m", "--eps", "1e-6")
+    assert settings.resolved(over(first, tmp_path)) == settings.resolved(first)
+    other = over(first, tmp_path, "--preset", "opt-350m")
+    wanted = resolved("--preset", "opt-350m", "--eps", "1e-6")
+    assert {**vars(other), "settings": None} == {**vars(wanted), "settings": None}
+    # A second time over what was saved again.
+    assert over(over(first, tmp_path), tmp_path, "--steps", "100").warmup == 10
+    assert over(first, tmp_path, "--warmup-tokens", "1e9").warmup == -(-1_000_000_000 // 2**19)
+    args = over(first, tmp_path, "--tokens", "1e9")
+    assert (args.steps, args.warmup) == (-(-1_000_000_000 // 2**19), 190)
+    # What was given stays, unless it is what a flag says in another way.
+    given = resolved("--config", "opt-125m", "--tokens", "1e8", "--warmup", "50", "--lr", "0.5")
+    args = over(given, tmp_path, "--steps", "100")
+    assert (args.steps, args.warmup, args.lr) == (100, 50, 0.5)
+    assert over(given, tmp_path, "--preset", "opt-125m").config == "opt-125m"
+    # A file that does not list what was filled in.
+    del first.filled
+    args = over(first, tmp_path, "--preset", "opt-350m")
+    assert (args.config, args.lr, args.eps) == ("opt-350m", 3e-4, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--config", "opt-125m", "--steps", "9", "--warmup", "5", "--warmup-tokens", "5"], "--warmup or --warmup-tok"),
         (["--steps", "5"], "which model"),
         (["--config", "opt-125m"], "how long"),
         (["--preset", "opt-5b"], "no recipe for 'opt-5b'"),

@@ -24,6 +24,8 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,15 @@ DEFAULTS: dict[str, Any] = {
 WARMUP = 2000
 # At most so much of a run is warm-up where none is asked for: for short runs.
 WARMUP_FRACTION = 0.1
+# Two flags for one thing.
+PAIRS = (("steps", "tokens"), ("warmup", "warmup_tokens"))
+# What follows from a flag where nobody gives it; from a preset, all.
+FOLLOWS = {"config": {"length", "run"}, "steps": {"warmup"}, "tokens": {"warmup"}}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
-    args = settings.parse(parser, argv)
+    args = settings.parse(parser, argv, beaten)
     try:
         initialize()
         resolve(args)
@@ -103,20 +109,38 @@ def _validation(args: argparse.Namespace) -> Path | None:
     return path
 
 
+def beaten(given: AbstractSet[str], found: Mapping[str, Any]) -> set[str]:
+    """The settings of a file that make way for flags of other names: those that say the same thing another way, and
+    those that nobody gave, where what they followed from is given now."""
+    other = {b for pair in PAIRS for a, b in (pair, pair[::-1]) if a in given}
+    filled = set(found.get(settings.FILLED, ())) or _of_preset(found)
+    follow = filled if "preset" in given else {name for flag in FOLLOWS.keys() & given for name in FOLLOWS[flag]}
+    return other | (follow & filled)
+
+
+def _of_preset(found: Mapping[str, Any]) -> set[str]:
+    """Of a file that does not say what was filled in: the settings that are as its preset has them."""
+    recipe = RECIPES.get(str(found.get("preset")).lower().removeprefix("facebook/"), {})
+    return {name for name, value in recipe.items() if settings.plain(value) == found.get(name)}
+
+
 def resolve(args: argparse.Namespace) -> None:
     """Fills in, in place, what a flag or the settings file leave open: from the preset, else from `DEFAULTS`.
 
-    What depends on the devices at hand (mesh, micro-batches) stays open: see `optjax.train.fit`.
+    What depends on the devices at hand (mesh, micro-batches) stays open: see `optjax.train.fit`. What was filled in and
+    did not follow from a flag is listed as ``filled``.
 
     Raises:
-      ValueError: no model, or no end of the run, or two.
+      ValueError: no model, or no end of the run, or one thing said in two ways.
     """
     given = {name for name, value in vars(args).items() if value is not None}
     found = DEFAULTS if args.preset is None else recipe_for(args.preset)
     if "config" not in given and args.preset is None:
         raise ValueError("which model? give --preset opt-125m … opt-175b, or --config with a config.json or a size")
-    if {"steps", "tokens"} <= given:
-        raise ValueError("give --steps or --tokens, not both")
+    for pair in PAIRS:
+        if given.issuperset(pair):
+            one, other = (f"--{name.replace('_', '-')}" for name in pair)
+            raise ValueError(f"give {one} or {other}, not both")
     for name, value in found.items():
         if getattr(args, name) is None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
@@ -137,6 +161,9 @@ def resolve(args: argparse.Namespace) -> None:
     args.warmup_tokens = None
     if args.run is None:
         args.run = Path("runs") / Path(str(args.preset or args.config)).name.removesuffix(".json")
+    folded = {name for name, tokens in PAIRS if tokens in given}
+    new = {name for name, value in vars(args).items() if value is not None} - given - folded
+    args.filled = sorted(new | set(getattr(args, settings.FILLED, ())))
 
 
 def _config(args: argparse.Namespace) -> OPTConfig:

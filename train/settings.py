@@ -2,7 +2,7 @@
 
 `--settings FILE` names a .toml or .json file of one level, whose keys are the flags' names with ``_`` for ``-``: a flag
 beats the file, the file beats a preset or default. What a run was made with is saved in its folder as
-`settings.json`, which `--settings` takes again.
+`settings.json`, which `--settings` takes again; there `filled` lists those that nobody gave.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,19 @@ import jax
 
 from optjax.settings_file import FILE, read_settings
 
+# Of a saved file: names of its settings that followed from others, and do not bind a run that changes those.
+FILLED = "filled"
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    beaten: Callable[[AbstractSet[str], Mapping[str, Any]], Iterable[str]] = lambda given, found: (),
+) -> argparse.Namespace:
     """The parser's namespace for argv (by default the command line's), with the flags of `--settings` files put first.
+
+    ``beaten``, of the names of the flags in argv and a file's settings, gives those settings that make way for flags of
+    other names.
 
     Flags that are on or off should be made with `argparse.BooleanOptionalAction`, so that one can undo a file's. A
     file that is missing, not readable or has a key that is no flag ends the program as a wrong flag does: with the
@@ -35,16 +46,22 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if named is None or {"-h", "--help"} & set(argv):
         return parser.parse_args(argv)
     try:
-        flags = _flags(read_settings(named))
+        found = read_settings(named)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     # Asked of the parser itself: parsing would first complain of what is missing.
     known = parser._option_string_actions
+    given = {known[flag].dest for word in argv if (flag := word.partition("=")[0]) in known}
+    gone = {*beaten(given, found), FILLED}
+    flags = _flags({name: value for name, value in found.items() if name not in gone})
     strange = [name for flag in flags if flag.startswith("--") and (name := flag.partition("=")[0]) not in known]
     if strange:
         names = ", ".join(name[2:].replace("-", "_") for name in strange)
         parser.error(f"{named}: no such setting: {names}; --help lists them")
-    return parser.parse_args([*flags, *argv])
+    args = parser.parse_args([*flags, *argv])
+    if FILLED in found:
+        setattr(args, FILLED, [name for name in found[FILLED] if name not in gone | given])
+    return args
 
 
 def write(settings: Mapping[str, Any], folder: str | Path) -> None:
@@ -56,12 +73,12 @@ def write(settings: Mapping[str, Any], folder: str | Path) -> None:
 
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
     """Settings in JSON's types; those that are None are left out."""
-    return {name: _plain(value) for name, value in vars(args).items() if name != "settings" and value is not None}
+    return {name: plain(value) for name, value in vars(args).items() if name != "settings" and value is not None}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value
 
 
