@@ -7,11 +7,12 @@ import pytest
 import transformers
 from transformers.data.processors.squad import _new_check_is_max_context
 
-from optjax import Tokenizer
+from optjax import OPTConfig, Tokenizer
 from optjax.checkpoints.hub import resolve_source
 from optjax.train.tasks.causal import Fields, collate, encode_examples, packed_rows
 from optjax.train.tasks.labels import MULTI, REGRESSION, SINGLE, find_labels
 from optjax.train.tasks.packing import pack
+from optjax.train.tasks.source import labels_of, with_labels
 from optjax.train.tasks.spans import windows
 from optjax.train.tasks.squad import Question, read_squad
 from optjax.train.tasks.table import Row, read_rows
@@ -213,6 +214,21 @@ def test_labels_are_found_by_what_they_are(values, kind, names, wanted):
     assert (labels.problem_type, labels.names) == (kind, names)
     encoded = labels.encode(table)
     assert encoded.tolist() == wanted and encoded.dtype == (np.int32 if kind == SINGLE else np.float32)
+
+
+def test_equal_whole_numbers_are_in_one_order():
+    """Not in that of a set, which changes from process to process."""
+    same = ["0" * n + "7" for n in range(8)]
+    labels = find_labels(rows(*({"y": value} for value in [*reversed(same), "12", "6"])), ["y"])
+    assert labels.names == ("6", *sorted(same), "12")
+
+
+def test_a_finished_classifier_names_its_labels():
+    """Whatever they are called; those of a model that learned none are transformers' own, and no names."""
+    for names in (("LABEL_0", "LABEL_1"), ("b", "a")):
+        assert labels_of(with_labels(OPTConfig(), SINGLE, names)) == names
+    unlearned = transformers.OPTConfig(num_labels=3).to_dict()
+    assert labels_of(OPTConfig.from_dict(unlearned)) is None and labels_of(OPTConfig()) is None
 
 
 def test_labels_of_several_columns_or_in_one_cell():

@@ -69,7 +69,7 @@ def find_labels(
 
     Without a ``problem_type``: a separator, a list in a cell, or several columns of 0 and 1 are multi-label; numbers
     of which one is no whole number are regression; all else is a single label. Names are sorted, whole numbers by
-    their value.
+    their value first.
 
     Raises:
       ValueError: unknown problem_type, a row without a label, several columns for a single label, or one label in all.
@@ -116,7 +116,7 @@ def _infer(rows: Sequence[Row], columns: Sequence[str], separator: str | None) -
 
 def _sorted(names: set[str]) -> tuple[str, ...]:
     try:
-        return tuple(sorted(names, key=int))
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
     except ValueError:
         return tuple(sorted(names))
 

@@ -87,9 +87,13 @@ def with_labels(config: OPTConfig, problem_type: str, names: Sequence[str]) -> O
 
 
 def labels_of(config: OPTConfig) -> tuple[str, ...] | None:
-    """The names that a classifier's config has for its labels; None where they are ``LABEL_0``, … or missing."""
+    """The names that a classifier's config has for its labels; None where there are none.
+
+    ``LABEL_0``, … stand in the config of many a model that has learned no labels; they are names where it also says of
+    which kind they are, as a finished classifier does.
+    """
     found = dict(config.extra).get("id2label")
     named: Mapping[str, str] = json.loads(found) if found else {}
     names = tuple(named.get(str(i), "") for i in range(config.num_labels))
-    unnamed = all(name in ("", f"LABEL_{i}") for i, name in enumerate(names))
-    return None if unnamed or len(named) != config.num_labels else names
+    unnamed = config.problem_type is None and all(name in ("", f"LABEL_{i}") for i, name in enumerate(names))
+    return None if unnamed or len(named) != config.num_labels or not any(names) else names
