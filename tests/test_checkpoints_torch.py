@@ -187,6 +187,22 @@ def test_a_head_that_is_there_but_not_wanted(tmp_path):
     assert_same(load_params(tmp_path, head="causal_lm"), base)
 
 
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_new_head_in_place_of_the_old(tmp_path, labels):
+    """As transformers makes one with ignore_mismatched_sizes, and of the same size too."""
+    state = make_state(PRE_NORM, "sequence_classification")
+    write_safetensors(prefixed(state, "model.decoder."), write_config(PRE_NORM, tmp_path, "sequence_classification"))
+    new = {"config": PRE_NORM.replace(num_labels=labels), "key": jax.random.key(3)}
+    if labels != PRE_NORM.num_labels:
+        with pytest.raises(CheckpointError, match=r"score.weight: \(2, 24\) in the file(.|\n)*pass new_head=True"):
+            load_params(tmp_path, **new)
+    loaded = flat(load_params(tmp_path, new_head=True, **new))
+    head, old = loaded.pop("score.weight"), state.pop("score.weight")
+    assert head.shape == (labels, 24) and not np.array_equal(head, old)
+    for name, weight in state.items():
+        np.testing.assert_array_equal(loaded[name], weight)
+
+
 @pytest.mark.parametrize("head", CLASSES)
 def test_head_without_architectures(tmp_path, head):
     """Where config.json does not say, the file does; a bare decoder is a language model."""

@@ -149,6 +149,21 @@ def test_a_run_stops_on_eight_devices_and_goes_on_with_one(small, single, tmp_pa
     np.testing.assert_allclose([e["loss"] for e in ours], [e["loss"] for e in wanted], rtol=2e-4)
 
 
+def test_a_classifier_learns_other_labels_with_a_new_head(single, tmp_path, capsys):
+    write_rows(tmp_path / "data.csv", ({"text": f"text {i}", "label": "pq"[i % 2]} for i in range(8)))
+    more = ["--data", tmp_path / "data.csv", "--validation-fraction", "0", "--epochs", "1", "--batch-size", "8"]
+    with pytest.raises(SystemExit) as stopped:
+        classify.main(command(single / "model", tmp_path, *more))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "learned bad, good, odd, the data has p, q: give --new-head" in said
+    assert classify.main(command(single / "model", tmp_path, *more, "--new-head", "--lr", "1e-12")) == 0
+    model = transformers.OPTForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.id2label == {0: "p", 1: "q"}
+    before = transformers.OPTForSequenceClassification.from_pretrained(single / "model").model
+    for ours, theirs in zip(model.model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # Causal language modelling.
 
 PAIRS = [

@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--label-column", nargs="+", default=["label"], metavar="NAME", help="(label)")
     add("--problem-type", choices=PROBLEM_TYPES, help="(by what the labels are)")
     add("--label-separator", metavar="TEXT", help="between the labels of a cell; makes it multi-label")
+    text = "learn with a new head where the model has one, as of another classifier (no)"
+    add("--new-head", action=argparse.BooleanOptionalAction, default=False, help=text)
     flags.add_lengths(group, text="of a longer row: an error, its end cut off, or without it")
     flags.add_prediction(parser, "rows to classify; where all have labels too, they are scored")
     flags.add_training(parser, batch_size=32)
@@ -71,7 +73,7 @@ def _train(args: argparse.Namespace, config: OPTConfig, tokenizer: Tokenizer) ->
     columns = [*args.text_column, *args.label_column]
     rows = read_rows(args.data, columns)
     labels = find_labels(rows, args.label_column, args.problem_type, args.label_separator)
-    labels = as_before(labels, labels_of(config))
+    labels = as_before(labels, None if args.new_head else labels_of(config))
     if args.validation is None:
         rows, held = hold_out(rows, args.validation_fraction, args.seed)
     else:

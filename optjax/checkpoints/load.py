@@ -36,6 +36,7 @@ def load_params(
     rules: Any = None,
     *,
     key: jax.Array | None = None,
+    new_head: bool = False,
     stacked: bool = False,
     config: OPTConfig | str | None = None,
     revision: str | None = None,
@@ -57,6 +58,7 @@ def load_params(
         default what ``architectures`` in config.json says, else the head that is in the files.
       mesh, rules: spread the weights over devices (see ``optjax.sharding``); each process reads what its devices hold.
       key: a jax PRNG key to create the head with where the checkpoint has none; without a key that is an error.
+      new_head: create it where the checkpoint has one too, such as a classifier's for other labels.
       stacked: layers stacked ``[L, …]``, for training.
       config: an `OPTConfig` or a preset's name, in place of config.json. Where there is neither, sizes come from the
         weights and the rest from the checkpoint's training arguments or the published model of those sizes.
@@ -79,10 +81,12 @@ def load_params(
     """
     dtype = None if dtype is None else _floating(dtype)
     key = None if key is None else as_key(key)
+    if new_head and key is None:
+        raise ValueError("new_head=True creates a head, which takes a key: pass key=jax.random.key(0)")
     wanted, offload = as_quantization(quantization), as_offload(offload)
     _check_offload(offload, stacked, wanted, mesh)
     path = resolve_source(source, revision=revision, token=token)
-    opened = open_checkpoint(path, head, config, create_head=key is not None)
+    opened = open_checkpoint(path, head, config, create_head=key is not None, new_head=new_head)
     config, head, plan = opened.config, opened.head, opened.plan
     placement = as_placement(mesh, rules, config, head)
     place = placer(placement)

@@ -24,7 +24,8 @@ _ARCHITECTURES = {
     "OPTForSequenceClassification": "sequence_classification",
     "OPTForQuestionAnswering": "question_answering",
 }
-_HEAD_WEIGHTS = ("lm_head.", "score.", "qa_outputs.")
+_OWN_HEADS = ("score.", "qa_outputs.")
+_HEAD_WEIGHTS = ("lm_head.", *_OWN_HEADS)
 # In the order in which they are listed.
 _PROBLEMS = (
     "problems with the files",
@@ -67,9 +68,12 @@ def match(
     head: str | None,
     *,
     create_head: bool,
+    new_head: bool = False,
     quantization: Quantization | None = None,
 ) -> Match:
     """The tensor of every weight, and the scales of those that are quantized.
+
+    With ``new_head`` the files count as having no head of its own weights.
 
     Raises:
       CheckpointError: something is missing, unexpected, of the wrong shape or of a dtype that it should not have: all
@@ -79,7 +83,7 @@ def match(
         raise ValueError(f"no head named {head!r}; there are: {', '.join(map(repr, HEADS))}")
     problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEMS}
     problems["problems with the files"] += contents.problems
-    tensors = dict(contents.tensors)
+    tensors = {path: t for path, t in contents.tensors.items() if not (new_head and path.startswith(_OWN_HEADS))}
     if config.num_hidden_layers > len(tensors):
         raise CheckpointError(
             f"config.json says num_hidden_layers={config.num_hidden_layers}, but there are only "
@@ -166,6 +170,9 @@ def _message(problems: dict[str, list[str]], missing: list[Weight], config: OPTC
     lines += [listing(kind, items) for kind, items in problems.items() if items]
     if missing and all(w.path.startswith(_HEAD_WEIGHTS) for w in missing):
         lines.append(f"The head {head!r} is not in the checkpoint: pass key=jax.random.key(0) to create one.")
+    wrong = problems["of the wrong shape"]
+    if wrong and all(text.startswith(_OWN_HEADS) for text in wrong):
+        lines.append("The head is of another size: pass new_head=True and key=jax.random.key(0) for one in its place.")
     biases = sum(w.kind == "bias" for w, _, _ in expected(config, head))
     if len(missing) == biases > 0 and all(w.kind == "bias" for w in missing):
         lines.append("All biases are missing: a model without them has enable_bias=false in its config.json.")

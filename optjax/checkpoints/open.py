@@ -41,9 +41,14 @@ class Opened:
 
 
 def open_checkpoint(
-    path: Path, head: str | None = None, config: OPTConfig | str | None = None, *, create_head: bool = False
+    path: Path,
+    head: str | None = None,
+    config: OPTConfig | str | None = None,
+    *,
+    create_head: bool = False,
+    new_head: bool = False,
 ) -> Opened:
-    """The checkpoint at a path; head and config as of `load_params`.
+    """The checkpoint at a path; head, config and new_head as of `load_params`.
 
     Raises:
       FileNotFoundError: no checkpoint, or no config, is there.
@@ -55,7 +60,7 @@ def open_checkpoint(
     contents = open_contents(found)
     config, quantization = _config(config, found.folder, contents)
     head = choose_head(config, contents) if head is None else (None if head == "base" else head)
-    plan = match(contents, config, head, create_head=create_head, quantization=quantization)
+    plan = match(contents, config, head, create_head=create_head, new_head=new_head, quantization=quantization)
     return Opened(found, config, head, plan, quantization)
 
 

@@ -157,7 +157,18 @@ def _yes(row: Row, name: str) -> float:
 
 
 def as_before(labels: Labels, names: Sequence[str] | None) -> Labels:
-    """Labels in the order of a model that has learned them already, and perhaps others: it goes on with its head."""
-    if names is None or labels.problem_type == REGRESSION or not set(labels.names) <= set(names):
+    """Labels in the order of a model that has learned them already, and perhaps others: it goes on with its head.
+
+    Raises:
+      ValueError: the head is for more or fewer labels.
+    """
+    if names is None:
         return labels
-    return dataclasses.replace(labels, names=tuple(names))
+    if labels.problem_type != REGRESSION and set(labels.names) <= set(names):
+        return dataclasses.replace(labels, names=tuple(names))
+    if len(labels.names) != len(names):
+        raise ValueError(
+            f"the model has learned {', '.join(names)}, the data has {', '.join(labels.names)}: give --new-head to "
+            "learn these with a new head in place of the model's"
+        )
+    return labels

@@ -51,7 +51,8 @@ def load_weights(
 ) -> Params:
     """The weights in a dtype, or quantized, over ``--mesh``.
 
-    A head that the model does not have is new, by ``--seed``; where the model should be ``finished`` it is an error.
+    A head that the model does not have is new, by ``--seed``, and any with ``--new-head``; where the model should be
+    ``finished`` a missing one is an error.
 
     Raises:
       FileNotFoundError, ValueError: as `optjax.load_params`.
@@ -63,6 +64,7 @@ def load_weights(
         None if args.mesh is None else make_mesh(args.mesh),
         args.rules,
         key=None if finished else jax.random.key(args.seed),
+        new_head=not finished and getattr(args, "new_head", False),
         stacked=args.stacked,
         config=config,
         quantization=quantize,
