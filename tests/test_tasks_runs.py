@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from optjax import OPTConfig, Tokenizer, init_params, load_params, save_params
-from optjax.train import answer, classify, finetune, loop
+from optjax.train import answer, classify, export, finetune, loop
 from optjax.train.log import read_log
 from optjax.train.optimizer import learning_rate
 from optjax.train.options import StepOptions
@@ -135,6 +135,13 @@ def test_a_finished_classifier_says_the_same_again(single, tmp_path):
     assert classify.main([*predict, "--predictions", str(tmp_path / "said.csv")]) == 0
     again = [row.fields["prediction"] for row in read_rows(tmp_path / "said.csv")]
     assert again == [row["prediction"] for row in said]
+
+
+def test_a_finished_run_is_not_exported_again(single, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        export.main(["--run", str(single), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "a run of optjax.train.classify" in said and str(single / "model") in said
 
 
 def test_a_run_stops_on_eight_devices_and_goes_on_with_one(small, single, tmp_path):

@@ -1,4 +1,4 @@
-"""Writes the weights of a run as a Hugging Face checkpoint, which optjax and transformers load.
+"""Writes the weights of a pretraining run as a Hugging Face checkpoint, which optjax and transformers load.
 
   python -m optjax.train.export --run runs/first --out my-opt --dtype float16 --tokenizer folder
 
@@ -8,6 +8,7 @@ takes the newest checkpoint; the run may still be going on.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import jax
@@ -32,6 +33,17 @@ def export(params: Params, folder: str | Path, dtype: str = "float32", tokenizer
         tokenizer.save(folder)
 
 
+def _check(folder: Path) -> None:
+    """ValueError where the run is one of fine-tuning, which has no need of this."""
+    path = folder / "run.json"
+    script = json.loads(path.read_text(encoding="utf-8")).get("script") if path.is_file() else None
+    if script is not None:
+        raise ValueError(
+            f"{folder} is a run of optjax.train.{script}, which at its end writes its model to {folder / 'model'}; "
+            "only runs of optjax.train.pretrain are exported"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     from .checkpoint import load_run
 
@@ -44,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", metavar="SOURCE", help="to write along: folder, hub id or opt-mini")
     args = parser.parse_args(argv)
     try:
+        _check(args.run)
         tokenizer = None if args.tokenizer is None else Tokenizer.load(args.tokenizer)
         export(load_run(args.run), args.out, args.dtype, tokenizer)
     except (ValueError, FileNotFoundError) as error:
