@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from optjax import OPTConfig, Tokenizer, init_params, load_params, save_params
-from optjax.train import answer, classify, export, finetune, loop
+from optjax.train import answer, classify, export, finetune, interrupt, loop
 from optjax.train.log import read_log
 from optjax.train.optimizer import learning_rate
 from optjax.train.options import StepOptions
@@ -144,11 +144,18 @@ def test_a_finished_run_is_not_exported_again(single, tmp_path, capsys):
     assert stopped.value.code == 2 and "a run of optjax.train.classify" in said and str(single / "model") in said
 
 
+def test_a_signal_is_another_status_than_an_end_as_asked(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(interrupt.Interrupt, "received", lambda self: True)
+    write_rows(tmp_path / "data.csv", reviews(16))
+    assert classify.main(command(small, tmp_path, "--data", tmp_path / "data.csv", "--epochs", "9")) == 75
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_run_stops_on_eight_devices_and_goes_on_with_one(small, single, tmp_path):
     write_rows(tmp_path / "data.csv", reviews(64))
     flags = ["--data", tmp_path / "data.csv", "--validation-fraction", "0.2", "--epochs", "3", "--batch-size", "16"]
     mesh = ["--mesh", "fsdp=4,tensor=2", "--stop-at", "5"]
-    assert classify.main(command(small, tmp_path, *flags, *mesh)) == 75
+    assert classify.main(command(small, tmp_path, *flags, *mesh)) == 0  # an end as asked, as of pretrain
     assert not (tmp_path / "run" / "model").exists()
     assert classify.main(command(small, tmp_path, *flags)) == 0
     ours, wanted = ([e for e in read_log(run) if "loss" in e] for run in (tmp_path / "run", single))

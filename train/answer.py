@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def body(args: argparse.Namespace) -> bool:
+    def body(args: argparse.Namespace) -> None:
         config = load_config(args)
         tokenizer = load_tokenizer(args, config)
         reader = _reader(args, config, tokenizer)
@@ -68,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
             params = load_weights(args, config, HEAD, args.quantize, finished=True)
         if params is not None and args.predict:
             _predict(args, params, reader)
-        return params is not None
 
     return script(_parser(), argv, body)
 
@@ -88,7 +87,7 @@ def _reader(args: argparse.Namespace, config: OPTConfig, tokenizer: Tokenizer) -
 
 
 def _train(args: argparse.Namespace, config: OPTConfig, reader: Reader) -> Params | None:
-    """The best model; None where the run was interrupted."""
+    """The best model; None where ``--stop-at`` comes before its end."""
     questions = _labelled(args.data)
     if args.validation is None:
         questions, held = hold_out(questions, args.validation_fraction, args.seed, group=lambda q: q.title)

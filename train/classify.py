@@ -57,19 +57,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def body(args: argparse.Namespace) -> bool:
+    def body(args: argparse.Namespace) -> None:
         config = load_config(args)
         tokenizer = load_tokenizer(args, config)
         finished = _train(args, config, tokenizer) if args.data else _load(args, config, tokenizer)
         if finished is not None and args.predict:
             _predict(args, *finished)
-        return finished is not None
 
     return script(_parser(), argv, body)
 
 
 def _train(args: argparse.Namespace, config: OPTConfig, tokenizer: Tokenizer) -> tuple[Params, Classifier] | None:
-    """The best model, and how it reads rows; None where the run was interrupted."""
+    """The best model, and how it reads rows; None where ``--stop-at`` comes before its end."""
     columns = [*args.text_column, *args.label_column]
     rows = read_rows(args.data, columns)
     labels = find_labels(rows, args.label_column, args.problem_type, args.label_separator)

@@ -68,14 +68,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def body(args: argparse.Namespace) -> bool:
+    def body(args: argparse.Namespace) -> None:
         config = load_config(args)
         tokenizer = load_tokenizer(args, config)
         reader = _Reader(args, config, tokenizer)
         params = _train(args, config, reader) if args.data else load_weights(args, config, HEAD, args.quantize)
         if params is not None and args.predict:
             _predict(args, params, reader)
-        return params is not None
 
     return script(_parser(), argv, body)
 
@@ -132,7 +131,7 @@ class _Reader:
 
 
 def _train(args: argparse.Namespace, config: OPTConfig, reader: _Reader) -> Params | None:
-    """The best model; None where the run was interrupted."""
+    """The best model; None where ``--stop-at`` comes before its end."""
     rows = read_rows(args.data)
     if args.validation is None:
         rows, held = hold_out(rows, args.validation_fraction, args.seed)

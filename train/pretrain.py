@@ -15,7 +15,8 @@ Run the same command again to go on where it stopped: after a crash from the las
 from the very step. A run that stopped and went on ends in the same bits as one that did not. It may go on over another
 mesh and other processes.
 
-Exit status: 0 when the run is finished, 75 when it was told to stop and has saved, 2 when the command is wrong.
+Exit status: 0 when the run is finished, or at --stop-at; 75 when it was told to stop and has saved; 2 when the command
+is wrong.
 """
 
 from __future__ import annotations

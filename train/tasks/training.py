@@ -65,33 +65,37 @@ class Task:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def script(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, body: Callable[[argparse.Namespace], bool]
-) -> int:
-    """Carries out a script; its exit status, or `SystemExit` where something is wrong.
+class Interrupted(Exception):
+    """A run was told to stop by a signal, and has saved."""
 
-    Args:
-      body: whether it came to its end.
-    """
+
+def script(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, body: Callable[[argparse.Namespace], None]
+) -> int:
+    """Carries out a script; its exit status, or `SystemExit` where something is wrong."""
     args = settings.parse(parser, argv)
     try:
         flags.check(args)
         initialize()
         args.mesh = args.mesh or flags.default_mesh()
-        return 0 if body(args) else STOPPED
+        body(args)
+    except Interrupted:
+        return STOPPED
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    return 0
 
 
 def train(args: argparse.Namespace, task: Task) -> Params | None:
     """Trains, or goes on with what the folder ``args.run`` holds, and writes the best model to ``model/`` in it.
 
     Returns:
-      That model; None where the run was stopped before its end.
+      That model; None where ``--stop-at`` comes before the run's end.
 
     Raises:
+      Interrupted: a signal came before either.
       ValueError: something does not fit together, said before anything is compiled; or the folder holds another run.
     """
     options = step_options(args)
@@ -128,7 +132,10 @@ def train(args: argparse.Namespace, task: Task) -> Params | None:
         state = run(job, args.run, loop)
     finally:
         loader.close()
+    if int(state.step) < loop.last:
+        raise Interrupted
     if int(state.step) < total:
+        say(args, f"ended at step {int(state.step)}, as --stop-at asks; the model is written at step {total}")
         return None
     best = None if evaluate is None else restore_best(args.run, trained.target)
     state = state if best is None else best.state
