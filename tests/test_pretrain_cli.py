@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from processes import environments
 
 import optjax
 from optjax import OPTConfig
@@ -207,6 +210,38 @@ def test_validation_is_in_the_tokens_of_the_data(tmp_path, monkeypatch, capsys):
     assert "silent beside it does not say" in refused("--data", "silent", "--validation", "more.txt")
     said = refused("--data", "data", "--validation", "other")
     assert "data and other were packed with different tokenizers: tokenizer_sha256" in said
+
+
+PACKER = """
+import sys
+from jax.experimental import multihost_utils
+from optjax.sharding import initialize
+from optjax.train import sources
+
+def too_short(*_):
+    raise RuntimeError("a collective on CPU does not wait for a process that packs")
+
+initialize()
+multihost_utils.process_allgather = multihost_utils.assert_equal = multihost_utils.sync_global_devices = too_short
+for _ in range(2):
+    print(sources.packed([sys.argv[1]], "opt-mini", "text", quiet=True))
+"""
+
+
+@pytest.mark.parametrize("name", ["text.txt", "nowhere.txt"])
+def test_processes_wait_for_the_one_that_packs(tmp_path, name):
+    """And hear when it cannot."""
+    (tmp_path / "text.txt").write_text("a b c " * 200)
+    options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", PACKER, name]
+    started = [subprocess.Popen(command, env=each, **options) for each in environments(2, devices=2)]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    codes = [process.returncode for process in started]
+    if name == "text.txt":
+        assert codes == [0, 0] and all(text.count("PosixPath('text/text-") == 2 for text in said), said
+    else:
+        assert 0 not in codes and "nowhere.txt" in said[0], said
+        assert "the first process has not packed nowhere.txt" in said[1], said
 
 
 def test_begins_with_the_weights_of_a_checkpoint(tmp_path, monkeypatch):
