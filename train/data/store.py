@@ -246,12 +246,14 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def check_tokenizers(abouts: Mapping[Path, dict[str, Any]]) -> None:
-    """Whether folders were packed with one tokenizer, as far as what their `about.json` says tells.
+    """Whether folders were packed with one tokenizer, as far as what their `about.json` says tells: one of one name is
+    the same, though another version of the library may write it in another way.
 
     Raises:
       ValueError: they were not.
     """
-    for name in ("vocab_size", "eos_token_id", "tokenizer_sha256"):
+    one_name = len({about.get("tokenizer") for about in abouts.values()}) == 1
+    for name in ("vocab_size", "eos_token_id", *(() if one_name else ("tokenizer_sha256",))):
         known = [(about[name], folder) for folder, about in abouts.items() if about.get(name) is not None]
         for value, folder in known[1:]:
             if value != known[0][0]:
