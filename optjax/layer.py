@@ -192,7 +192,10 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
         y = product(x, weight, on=on, spread=placement is not None and placement.mesh.size > 1)
         return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
     if on == "cpu":
-        return _linear_on_cpu(x, weight, bias).astype(dtype)
+        y = _linear_on_cpu(x, weight, bias).astype(dtype)
+        # Else XLA would take the transpose of y into a product of bfloat16 that follows, as that of one head of one row
+        # with its keys, and fail. On one device attention has barriers of its own.
+        return y if placement is None or placement.mesh.size == 1 else jax.lax.optimization_barrier(y)
     *lead, n_in = x.shape
     alone = math.prod(lead) == 1
     if alone and on == "gpu" and dtype != x.dtype:
