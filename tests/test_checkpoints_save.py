@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -171,6 +172,39 @@ def test_saving_again_replaces_the_old_checkpoint(tmp_path, format):
         assert len({p.name.split("-of-")[1] for p in shards}) <= 1
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("shard", [12_000, 10**9])
+def test_what_was_saved_last_is_loaded_whatever_its_format(tmp_path, shard):
+    """Weights that would be read rather than those just written go, and only once these are there."""
+    old, new = (make_params(PRE_NORM, seed=i) for i in (0, 1))
+    other = make_params(PRE_NORM.replace(ffn_dim=20))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"an older model")
+    (tmp_path / "tf_model.h5").write_bytes(b"no matter")
+    save_params(old, tmp_path, max_shard_size=shard)
+    for params in (new, other):
+        save_params(params, tmp_path, "flax", max_shard_size=shard)
+        assert_equal_params(load_params(tmp_path), params)
+    assert not [*tmp_path.glob("*safetensors*"), *tmp_path.glob("*.bin")] and (tmp_path / "tf_model.h5").exists()
+    save_params(old, tmp_path, max_shard_size=shard)
+    assert_equal_params(load_params(tmp_path), old)
+
+
+def test_a_failure_leaves_the_old_checkpoint_of_another_format(tmp_path, monkeypatch):
+    old, new = (make_params(PRE_NORM, seed=i) for i in (0, 1))
+    save_params(old, tmp_path, max_shard_size=12_000)
+    replace, seen = os.replace, []
+
+    def look_before(source, target):
+        seen.append(target)
+        assert_equal_params(load_params(tmp_path), old)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look_before)
+    save_params(new, tmp_path, "flax", max_shard_size=12_000)
+    monkeypatch.undo()
+    assert len(seen) > 5
+    assert_equal_params(load_params(tmp_path), new)
 
 
 def test_one_tensor_on_the_host_at_a_time(tmp_path, monkeypatch):

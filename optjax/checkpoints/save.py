@@ -52,7 +52,8 @@ def save_params(
     transformers loads the folder as it is (``from_flax`` models for ``"flax"``). Stacked params are written like any
     others. Quantized params are written as they are, in codes and scales that only optjax reads. Tensors go to the
     files one at a time. Files appear under their names only once all of them are complete, so that a failure leaves the
-    folder's earlier checkpoint as it was. Weights of the other format in the folder stay.
+    folder's earlier checkpoint as it was. Then its weights go, in this format and in those that `load_params` would
+    read rather than it: safetensors and ``.bin`` where ``"flax"`` is written. Weights that it would not read stay.
 
     Params that are spread over several processes are saved by all of them together; the first one writes the files,
     and nobody returns before they are there.
@@ -84,7 +85,6 @@ def save_params(
     limit = parse_size(max_shard_size)
     write, make_entries = _FORMATS[format]
     shards = _split(list(make_entries(params)), limit)
-    name = WEIGHTS_NAMES[format]
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a checkpoint is written to a folder")
@@ -94,14 +94,15 @@ def save_params(
             for entries in shards:
                 write(nowhere, entries)  # the first process needs this one's parts of each tensor
     else:
-        _write_folder(params, folder, name, shards, write)
+        _write_folder(params, folder, format, shards, write)
     if together:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"saved {folder.name}")
 
 
-def _write_folder(params: Params, folder: Path, name: str, shards: list[list[Entry]], write: Callable) -> None:
+def _write_folder(params: Params, folder: Path, format: str, shards: list[list[Entry]], write: Callable) -> None:
+    name = WEIGHTS_NAMES[format]
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -120,7 +121,7 @@ def _write_folder(params: Params, folder: Path, name: str, shards: list[list[Ent
         for file, content in (("config.json", _config(params)), ("generation_config.json", _generation(params))):
             (temporary / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             files.append(file)
-        _put_in_place(temporary, folder, files, name)
+        _put_in_place(temporary, folder, files, format)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -151,15 +152,23 @@ def _shard_name(name: str, i: int, n: int) -> str:
     return f"{stem}-{i + 1:05d}-of-{n:05d}.{suffix}"
 
 
-def _put_in_place(temporary: Path, folder: Path, files: list[str], name: str) -> None:
-    """Complete files to their names, and the earlier checkpoint of this format away."""
-    stem, suffix = name.rsplit(".", 1)
-    old = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.{suffix}(\.index\.json)?")
-    stale = [p for p in folder.iterdir() if old.fullmatch(p.name) and p.name not in files]
+def _put_in_place(temporary: Path, folder: Path, files: list[str], format: str) -> None:
+    """Complete files to their names, then the earlier weights away that would be read, too, or rather."""
+    formats = list(WEIGHTS_NAMES)
+    stale = [path for each in formats[: formats.index(format) + 1] for path in _weights(folder, each)]
     for file in files:
         os.replace(temporary / file, folder / file)
     for path in stale:
-        path.unlink()
+        if path.name not in files:
+            path.unlink()
+
+
+def _weights(folder: Path, format: str) -> list[Path]:
+    """The files of a format's weights; an index before what it names, so that no broken checkpoint is found."""
+    stem, suffix = WEIGHTS_NAMES[format].rsplit(".", 1)
+    name = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.{suffix}(\.index\.json)?")
+    found = [path for path in folder.iterdir() if name.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.suffix != ".json")
 
 
 def _config(params: Params) -> dict[str, Any]:
