@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 FULL, VOCAB, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
 SETTINGS, NAMES, MODEL = "tokenizer_config.json", "special_tokens_map.json", "config.json"
+FILES = (FULL, VOCAB, MERGES, ADDED, SETTINGS, NAMES)
 OPT_NAMES = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -65,6 +67,14 @@ def write(backend: tokenizers.Tokenizer, names: dict[str, str], folder: Path, *,
     settings |= {"clean_up_tokenization_spaces": False, "errors": "replace"}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / NAMES).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+    remove_others(folder, {FULL, SETTINGS, NAMES} | ({VOCAB, MERGES} if _is_gpt2(state) else set()))
+
+
+def remove_others(folder: Path, written: Collection[str]) -> None:
+    """An earlier tokenizer's files away, but for those just written: of two tokenizers' files one wrong one is made."""
+    for name in FILES:
+        if name not in written:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _is_gpt2(state: dict[str, Any]) -> bool:

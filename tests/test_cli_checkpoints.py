@@ -127,6 +127,25 @@ def test_a_checkpoint_may_be_converted_in_place(run, source, params):
     assert {name: (source / name).read_bytes() for name in TOKENIZER} == TOKENIZER
 
 
+def test_another_model_is_replaced_as_a_whole(run, source, params, tmp_path):
+    """Neither weights of another format nor files of another tokenizer stay to be read."""
+    dest = tmp_path / "dest"
+    assert run("convert", source, dest)[0] == 0
+    (dest / "added_tokens.json").write_text("{}")
+    other = optjax.init_params(CONFIG.replace(ffn_dim=64), jax.random.key(1))
+    optjax.save_params(other, tmp_path / "other")
+    status, _, err = run("convert", tmp_path / "other", dest, "--force", "--format", "flax")
+    assert status == 0 and "what there is in DEST stays" in err and (dest / "added_tokens.json").exists()
+    assert_same(optjax.load_params(dest), other)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "other" / name).write_bytes(b"another")
+    assert run("convert", tmp_path / "other", dest, "--force")[0] == 0
+    tokenizer = {path.name for path in dest.iterdir()} & {*TOKENIZER, "added_tokens.json", "special_tokens_map.json"}
+    assert tokenizer == {"vocab.json", "merges.txt"}
+    assert (dest / "vocab.json").read_bytes() == b"another"
+    assert_same(optjax.load_params(dest), other)
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing(run, source, tmp_path, monkeypatch, error):
     written = []

@@ -320,6 +320,18 @@ def test_galactica_loads_as_it_is(tmp_path: Path, normalizer):
         assert tokenizer.encode(text) == again.encode(text) == theirs(text)["input_ids"] == ids
 
 
+def test_save_leaves_no_file_of_an_earlier_tokenizer(tmp_path: Path):
+    backend = train(tmp_path)
+    save_config(tmp_path, "added_tokens.json", **{"[A]": backend.get_vocab_size()})
+    first = Tokenizer.load(tmp_path)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d"), "isolated")  # which the two files would not say
+    Tokenizer(backend, bos_token="<s>", eos_token="</s>", pad_token=None).save(tmp_path)
+    written = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    first.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == written
+
+
 def test_bos_is_added_once_whatever_the_file_does(tmp_path: Path):
     bare = train()
     bare.save(str(tmp_path / "tokenizer.json"))

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="NAME", help=text)
     add("--tokenizer", metavar="SOURCE", help="where the tokenizer is, if not with the checkpoint")
     add_revision(add)
-    text = "write into a DEST that is not empty: files of the same names are replaced, others stay"
+    text = "write into a DEST that is not empty: its model and its tokenizer are replaced, other files stay"
     add("--force", action="store_true", help=text)
     add("-q", "--quiet", action="store_true", help="nothing on standard error but errors")
 
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     parse_size(arguments.max_shard_size)
     path = resolve_source(arguments.source, revision=arguments.revision)
     opened = _open(path, arguments)
-    files = _tokenizer_files(path, arguments)
+    files = _tokenizer_files(path, arguments, replaces)
     show = sys.stderr.isatty() and not arguments.quiet
     with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show) as advance:
         params = lazy_params(opened, arguments.dtype, advance, wanted)
@@ -129,7 +129,7 @@ def _config(name: str | None) -> OPTConfig | str | None:
     return OPTConfig.from_json(Path(name).expanduser())
 
 
-def _tokenizer_files(path: Path, arguments: argparse.Namespace) -> list[Path]:
+def _tokenizer_files(path: Path, arguments: argparse.Namespace, replaces: bool) -> list[Path]:
     """The files of the tokenizer, as they are; none where there is no tokenizer and none is asked for."""
     from optjax import tokenizer_files as names
 
@@ -137,9 +137,7 @@ def _tokenizer_files(path: Path, arguments: argparse.Namespace) -> list[Path]:
         folder = names.locate(arguments.tokenizer, None, None)
     else:
         folder = path if path.is_dir() else path.parent
-    files = {name: folder / name for name in (names.FULL, names.VOCAB, names.MERGES, names.ADDED)}
-    files |= {name: folder / name for name in (names.SETTINGS, names.NAMES)}
-    files = {name: file for name, file in files.items() if file.is_file()}
+    files = {name: folder / name for name in names.FILES if (folder / name).is_file()}
     if names.FULL in files or (names.VOCAB in files and names.MERGES in files):
         return list(files.values())
     if arguments.tokenizer is not None:
@@ -147,7 +145,8 @@ def _tokenizer_files(path: Path, arguments: argparse.Namespace) -> list[Path]:
             f"no tokenizer in {folder}: looked for {names.FULL}, or {names.VOCAB} and {names.MERGES}"
         )
     if not arguments.quiet:
-        terminal.note("there is no tokenizer with the checkpoint: the result has none; --tokenizer names one")
+        kept = "what there is in DEST stays" if replaces else "the result has none"
+        terminal.note(f"there is no tokenizer with the checkpoint: {kept}; --tokenizer names one")
     return []
 
 
@@ -185,11 +184,16 @@ def _check_space(params: Params, dest: Path) -> None:
 
 
 def _copy(files: list[Path], folder: Path) -> None:
+    """The files of a tokenizer, in place of all of an earlier one; where there are none, that stays."""
+    from optjax.tokenizer_files import remove_others
+
     for file in files:
         target = folder / file.name
         if not target.exists() or not target.samefile(file):
             shutil.copyfile(file, folder / f".{file.name}.new")
             os.replace(folder / f".{file.name}.new", target)
+    if files:
+        remove_others(folder, {file.name for file in files})
 
 
 def _summarize(opened: Opened, tokenizer: list[Path], dest: Path, quantized: str | None) -> None:
