@@ -107,6 +107,9 @@ class OPTConfig:
         model_type = fields.get("model_type", "opt")
         if model_type != "opt":
             raise ValueError(f"config.json describes a {model_type!r} model; optjax reads 'opt' models only")
+        # Written as null they are as if they were not there: transformers has two labels then.
+        labels = ("num_labels", "id2label", "label2id")
+        fields = {k: v for k, v in fields.items() if v is not None or k not in labels}
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         values = {k: v for k, v in fields.items() if k in known}
         if isinstance(values.get("eos_token_id"), list):

@@ -90,6 +90,19 @@ def test_labels_follow_num_labels(tmp_path):
     assert OPTConfig.from_json(tmp_path).num_labels == 5
 
 
+@pytest.mark.parametrize(
+    "fields", [{"id2label": None}, {"num_labels": None}, {"id2label": {"0": "a"}, "label2id": None}]
+)
+def test_labels_may_be_null(tmp_path, fields):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt", "num_labels": None} | fields))
+    theirs = transformers.OPTConfig.from_pretrained(tmp_path).num_labels
+    config = OPTConfig.from_json(tmp_path)
+    assert config.num_labels == theirs
+    config.to_json(tmp_path)
+    assert transformers.OPTConfig.from_pretrained(tmp_path).num_labels == theirs
+    assert OPTConfig.from_json(tmp_path) == config
+
+
 def test_json_sources(tmp_path):
     config = OPTConfig(hidden_size=24, num_attention_heads=2, eos_token_id=[2, 50118], pad_token_id=None)
     assert config.eos_token_id == (2, 50118)
