@@ -57,6 +57,27 @@ def test_while_loading_and_back(tmp_path, quantization, stacked):
     assert again.layer(1)["fc1"]["bias"].dtype == jnp.bfloat16
 
 
+def test_a_quantized_models_config_serves_another_model(tmp_path):
+    save_params(optjax.quantize(make_params(PRE), "int8"), tmp_path / "codes")
+    config = optjax.OPTConfig.from_json(tmp_path / "codes")
+    params = optjax.init_params(config, jax.random.key(0))
+    save_params(params, tmp_path / "full")
+    assert "quantization_config" not in json.loads((tmp_path / "full" / "config.json").read_text())
+    assert_same(load_params(tmp_path / "full"), params)
+    # And quantized otherwise.
+    save_params(optjax.quantize(params, KINDS[1]), tmp_path / "codes")
+    assert load_params(tmp_path / "codes").quantization == KINDS[1]
+
+
+def test_group_sizes_of_numpy_and_of_int8(tmp_path):
+    quantized = optjax.quantize(make_params(PRE), Quantization("int4", np.int64(8)))  # type: ignore[arg-type]
+    save_params(quantized, tmp_path)
+    assert load_params(tmp_path).quantization == Quantization("int4", 8)
+    assert type(Quantization("nf4", np.int64(8)).group_size) is int  # type: ignore[arg-type]
+    save_params(optjax.quantize(make_params(PRE), "int8"), tmp_path)
+    assert load_params(tmp_path, quantization=Quantization("int8", 32)).quantization == Quantization("int8")
+
+
 def test_files_without_scales_of_columns(tmp_path):
     """Those written before tables had any are read as they were."""
     wanted = optjax.quantize(make_params(PRE), "int8")

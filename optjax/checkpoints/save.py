@@ -173,7 +173,8 @@ def _weights(folder: Path, format: str) -> list[Path]:
 
 def _config(params: Params) -> dict[str, Any]:
     config = params.config.to_dict()
-    config.pop("dtype", None)
+    for stale in ("dtype", "quantization_config"):  # of the file that the config came from
+        config.pop(stale, None)
     if params.quantization is not None:
         config["quantization_config"] = config_entry(params.quantization)
     return config | {"architectures": [_ARCHITECTURES[params.head]], "torch_dtype": str(params.dtype)}

@@ -31,8 +31,9 @@ class Quantization:
 
     Attributes:
       kind: ``"int8"`` (8 bits, a scale for each output), ``"int4"`` or ``"nf4"`` (4 bits, a scale for each group).
-      group_size: inputs that share a scale in the 4-bit kinds, even. Smaller groups are more exact and take 16 bits
-        more each. A last group may be short; where the inputs are split over devices, each has whole groups.
+      group_size: inputs that share a scale in the 4-bit kinds, even (of int8 always the default). Smaller groups are
+        more exact and take 16 bits more each. A last group may be short; where the inputs are split over devices, each
+        has whole groups.
 
     Raises:
       ValueError: there is no such kind, or a group size that makes no sense.
@@ -47,6 +48,8 @@ class Quantization:
         size = self.group_size
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 2 or size % 2:
             raise ValueError(f"group_size should be an even number of at least 2, not {size!r}")
+        # int8 has no groups: whatever is said of them, it is the same.
+        object.__setattr__(self, "group_size", GROUP_SIZE if self.kind == "int8" else int(size))
 
     def kind_of(self, weight: Weight) -> str | None:
         """What becomes of a weight; None where it stays as it is.
