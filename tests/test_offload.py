@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_helpers import EOS, assert_same_tokens, hf_generate, make_pair, pad, random_prompts
@@ -58,6 +61,35 @@ def test_other_functions_give_what_whole_params_give(case, tmp_path, offload, ki
         options = dict(max_new_tokens=4, num_beams=3)
         expected = optjax.generate(whole, ids, mask, **options)
         np.testing.assert_array_equal(optjax.generate(params, ids, mask, **options), expected)
+
+
+def test_layers_of_several_dtypes(case, tmp_path):
+    """As stacking them gives: one dtype that holds those of all layers, and nothing rounded."""
+    from safetensors.numpy import load_file, save_file
+
+    _, _, folder, _, ids, mask = case
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    narrow = {name: t.astype(jnp.bfloat16) if "layers.0." in name else t for name, t in tensors.items()}
+    save_file(narrow, tmp_path / "model.safetensors", {"format": "pt"})
+    whole = optjax.load_params(tmp_path)
+    assert {str(w.dtype) for w in jax.tree.leaves(whole["layers"])} == {"float32", "bfloat16"}
+    expected = optjax.causal_lm(whole, ids, attention_mask=mask).logits
+    for options in ({"stacked": True}, {"offload": "host"}, {"offload": "disk"}):
+        params = optjax.load_params(tmp_path, **options)
+        np.testing.assert_allclose(optjax.causal_lm(params, ids, attention_mask=mask).logits, expected, atol=1e-5)
+    stacked, like = optjax.load_params(tmp_path, stacked=True), optjax.stack_layers(whole)
+    assert jax.tree.map(lambda w: w.dtype, stacked) == jax.tree.map(lambda w: w.dtype, like)
+
+
+def test_from_a_relative_path(case, monkeypatch):
+    """Files are found again from another folder."""
+    _, whole, folder, _, ids, mask = case
+    monkeypatch.chdir(folder.parent)
+    params = optjax.load_params(folder.name, offload="disk")
+    monkeypatch.chdir("/")
+    ours, theirs = (optjax.causal_lm(each, ids, attention_mask=mask).logits for each in (params, whole))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_over_a_mesh(case):

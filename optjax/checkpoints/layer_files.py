@@ -87,7 +87,8 @@ def layer_files(config: OPTConfig, plan: Match, quantization: Quantization | Non
         for step in steps:
             node = node.setdefault(str(step), {})
         # What is cast is cast where it is used.
-        node[str(last)] = _abstract(plan.tensors[weight.path, 0]) if made is None else made.astype(dtype)
+        like = jax.ShapeDtypeStruct(weight.shape, plan.dtype_of_layers(weight))
+        node[str(last)] = like if made is None else made.astype(dtype)
     paths = [".".join(str(entry.key) for entry in path) for path, _ in _by_matrix(tree)]
     for i, refs in enumerate(layers):
         for path in paths:
@@ -113,10 +114,6 @@ def _by_matrix(tree: Any) -> list[tuple[Any, Any]]:
     from optjax.quantization.weight import QuantizedWeight
 
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QuantizedWeight))[0]
-
-
-def _abstract(ref: TensorRef) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(ref.shape, jax.dtypes.canonicalize_dtype(ref.dtype))
 
 
 def _read(ref: TensorRef, dtype: np.dtype) -> np.ndarray:

@@ -85,7 +85,7 @@ def load_params(
         raise ValueError("new_head=True creates a head, which takes a key: pass key=jax.random.key(0)")
     wanted, offload = as_quantization(quantization), as_offload(offload)
     _check_offload(offload, stacked, wanted, mesh)
-    path = resolve_source(source, revision=revision, token=token)
+    path = resolve_source(source, revision=revision, token=token).absolute()  # of files that are read later, too
     opened = open_checkpoint(path, head, config, create_head=key is not None, new_head=new_head)
     config, head, plan = opened.config, opened.head, opened.plan
     placement = as_placement(mesh, rules, config, head)
@@ -108,11 +108,11 @@ def load_params(
             if files is not None and stays_in_files(weight):
                 return None
             if weight.per_layer and layer is None:
-                each = (one(weight, i) for i in range(config.num_hidden_layers))
+                each = (one(weight, i, plan.dtype_of_layers(weight)) for i in range(config.num_hidden_layers))
                 return stack(each, config.num_hidden_layers, on_host=offload == "host")
             return one(weight, layer)
 
-        def one(weight: Weight, layer: int | None) -> Any:
+        def one(weight: Weight, layer: int | None, kept: np.dtype | None = None) -> Any:
             tensor = plan.tensors[weight.path, layer]
             scales, columns = (of.get((weight.path, layer)) for of in (plan.scales, plan.column_scales))
             if scales is not None and held is not None:
@@ -122,7 +122,7 @@ def load_params(
                 array = place(weight, layer, tensor, _kept(tensor.dtype))
                 made = jax.block_until_ready(quantize_weight(wanted, weight, array, placement, meant))
             else:
-                made = place(weight, layer, tensor, dtype or _kept(tensor.dtype))
+                made = place(weight, layer, tensor, dtype or kept or _kept(tensor.dtype))
             advance(tensor.nbytes)
             return made
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -48,6 +50,11 @@ class Match:
     scales: dict[tuple[str, int | None], TensorRef] = field(default_factory=dict)
     column_scales: dict[tuple[str, int | None], TensorRef] = field(default_factory=dict)
     created: list[Weight] = field(default_factory=list)
+
+    def dtype_of_layers(self, weight: Weight) -> np.dtype:
+        """One that holds a weight of every layer exactly, as far as jax has their own."""
+        own = {tensor.dtype for (path, _), tensor in self.tensors.items() if path == weight.path}
+        return reduce(jnp.promote_types, map(jax.dtypes.canonicalize_dtype, own))
 
 
 def choose_head(config: OPTConfig, contents: Contents) -> str | None:
