@@ -227,9 +227,11 @@ def test_no_array_keeps_its_copy_on_the_host(tmp_path):
     assert [leaf._npy_value is None for leaf in jax.tree.leaves(params)].count(False) == 1
 
 
-def test_numpy_leaves_are_saved_too(tmp_path):
+@pytest.mark.parametrize("format", ["safetensors", "flax"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4"])
+def test_numpy_leaves_are_saved_too(tmp_path, format, dtype):
     params = make_params(PRE_NORM)
-    save_params(jax.tree.map(np.asarray, params), tmp_path)
+    save_params(jax.tree.map(lambda w: np.asarray(w).astype(dtype), params), tmp_path, format)
     assert_equal_params(load_params(tmp_path), params)
 
 

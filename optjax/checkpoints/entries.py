@@ -44,7 +44,8 @@ class Entry:
 
     def raw(self) -> memoryview:
         """The values' bytes, little-endian, in C order."""
-        return self.read().reshape(-1).view(np.uint8).data
+        values = self.read()
+        return values.astype(values.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
 
 
 def torch_entries(params: Params) -> Iterator[Entry]:
