@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from optjax.sharding import Placement
 
 SCHEMES = ("hf", "paper")
+# Of weights. Those of 8 bits and less need scales, which quantization has.
+FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, jnp.bfloat16))
 
 
 @partial(
@@ -246,7 +248,7 @@ def unstack_layers(params: Params) -> Params:
 
 
 def floating_dtype(dtype: Any) -> np.dtype:
-    """A floating dtype from anything that names one.
+    """A floating dtype of 16 bits or more from anything that names one.
 
     Raises:
       ValueError: it names none.
@@ -255,7 +257,7 @@ def floating_dtype(dtype: Any) -> np.dtype:
         made = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
         made = None
-    if made is None or not jnp.issubdtype(made, jnp.floating):
+    if made is None or made not in FLOATS:
         raise ValueError(f"expected a floating dtype such as jnp.bfloat16, got {dtype!r}")
     if jax.dtypes.canonicalize_dtype(made) != made:
         raise ValueError(f"jax computes in {made} only with jax_enable_x64 on; use float32 or turn it on")

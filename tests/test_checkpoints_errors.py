@@ -119,6 +119,7 @@ def test_no_config(tmp_path):
     [
         ({"dtype": "int8"}, "dtype should be a floating type"),
         ({"dtype": "float33"}, "dtype should be a floating type"),
+        ({"dtype": jnp.float8_e5m2}, "dtype should be a floating type"),
         ({"dtype": 5}, "dtype should be a floating type"),
         ({"dtype": "float64"}, "jax_enable_x64"),
         ({"head": "lm"}, "no head named 'lm'; there are"),

@@ -185,6 +185,7 @@ def test_what_init_refuses():
         (dict(config=TINY, key=key, scheme="xavier"), "no initialization scheme 'xavier'; there are: hf, paper"),
         (dict(config=TINY, key=key, dtype=jnp.int32), "expected a floating dtype"),
         (dict(config=TINY, key=key, dtype="float31"), "expected a floating dtype"),
+        (dict(config=TINY, key=key, dtype="float8_e4m3fn"), "expected a floating dtype"),
         (dict(config=TINY, key=key, dtype=np.float64), "jax_enable_x64"),
         (dict(config=TINY, key=0), "expected a PRNG key such as jax.random.key"),
         (dict(config=TINY, key=jax.random.split(key)), "expected a PRNG key such as jax.random.key"),

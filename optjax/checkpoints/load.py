@@ -20,7 +20,7 @@ from optjax.checkpoints.quantized import read_quantized
 from optjax.config import OPTConfig
 from optjax.declaration import Weight, declare
 from optjax.offloading import HostMemory, as_offload
-from optjax.params import Params, as_key, as_placement, build_params, init_weight
+from optjax.params import FLOATS, Params, as_key, as_placement, build_params, init_weight
 from optjax.placed import platform
 from optjax.quantization.quantize import Quantization, as_quantization, check_placement, quantize_weight
 
@@ -166,7 +166,7 @@ def _nbytes(opened: Opened, offload: str | None) -> int:
 
 def _floating(dtype: Any) -> np.dtype:
     try:
-        floating = jnp.issubdtype(dtype, jnp.floating)
+        floating = jnp.dtype(dtype) in FLOATS
     except TypeError:
         floating = False
     if not floating:

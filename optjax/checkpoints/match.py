@@ -17,9 +17,9 @@ from optjax.checkpoints.quantized import COLUMN_SCALE, SCALE, stored
 from optjax.checkpoints.tensors import TensorRef
 from optjax.config import OPTConfig
 from optjax.declaration import HEADS, Weight, declare
+from optjax.params import FLOATS
 from optjax.quantization.quantize import Quantization
 
-FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, jnp.bfloat16))
 _ARCHITECTURES = {
     "OPTForCausalLM": "causal_lm",
     "OPTModel": None,

@@ -19,7 +19,6 @@ from optjax.checkpoints.detect import ADAPTER_CONFIG
 from optjax.checkpoints.entries import Entry
 from optjax.checkpoints.errors import CheckpointError, listing, reading, shorten
 from optjax.checkpoints.hub import resolve_source
-from optjax.checkpoints.match import FLOATS
 from optjax.checkpoints.place import as_dtype
 from optjax.checkpoints.safetensors_reader import read_safetensors
 from optjax.checkpoints.safetensors_writer import write_safetensors
@@ -28,7 +27,7 @@ from optjax.checkpoints.torch_reader import read_torch
 from optjax.lora.config import TASK_TYPES, LoraConfig
 from optjax.lora.layout import unstack_adapters
 from optjax.lora.parts import LOW_RANK, Adapters, walk
-from optjax.params import floating_dtype
+from optjax.params import FLOATS, floating_dtype
 
 WEIGHTS = {"adapter_model.safetensors": read_safetensors, "adapter_model.bin": read_torch}
 _SAFETENSORS = next(iter(WEIGHTS))
