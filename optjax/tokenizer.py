@@ -44,8 +44,10 @@ class Tokenizer:
         ``tokenizer.json`` is taken where there is one, and its own post-processor decides what is put before a text
         (Galactica's puts nothing there). There is one exception: where ``tokenizer_config.json`` says ``add_bos_token``
         and the file does not add the BOS, as in some copies of OPT, it is added. From ``vocab.json`` and ``merges.txt``
-        the tokenizer is built as OPT's, with one BOS unless ``add_bos_token`` is false. The special tokens are those of
-        ``tokenizer_config.json``, else of ``special_tokens_map.json``, else the ids of ``config.json``, else OPT's.
+        the tokenizer is built as OPT's, with one BOS unless ``add_bos_token`` is false, and the tokens that
+        ``added_tokens.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` add. BOS, EOS and padding are
+        those of ``tokenizer_config.json``, else of ``special_tokens_map.json``, else the ids of ``config.json``, else
+        OPT's.
 
         Args:
           revision, token: branch, tag or commit, and access token, where ``source`` is a hub id.

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optjax.added_tokens import DECODER, add_tokens, decoder_entry
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -39,10 +41,10 @@ def read(folder: Path) -> dict[str, Any]:
             _add_bos(backend, names["bos_token"])
     elif (folder / VOCAB).is_file() and (folder / MERGES).is_file():
         backend = _build(folder / VOCAB, folder / MERGES, bool(settings.get("add_prefix_space", False)))
-        _extend(backend, folder / ADDED)
+        added = add_tokens(backend, _read_object(folder / ADDED), settings, _read_object(folder / NAMES), folder)
         names = _special_names(folder, settings, backend)
         known = [name for name in names.values() if name and backend.token_to_id(name) is not None]
-        backend.add_special_tokens(list(dict.fromkeys(known)))
+        backend.add_special_tokens([name for name in dict.fromkeys(known) if name not in added])
         if settings.get("add_bos_token", True):
             _add_bos(backend, names["bos_token"])
     else:
@@ -64,6 +66,7 @@ def write(backend: tokenizers.Tokenizer, names: dict[str, str], folder: Path, *,
         prefix = state["pre_tokenizer"]["add_prefix_space"]
         names = names | {"unk_token": names["eos_token"]}  # unnamed, transformers would add GPT-2's as one more entry
         settings |= {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": adds_bos, "add_prefix_space": prefix, **names}
+        settings[DECODER] = decoder_entry(state)
     settings |= {"clean_up_tokenization_spaces": False, "errors": "replace"}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / NAMES).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
@@ -97,6 +100,8 @@ def _build(vocab: Path, merges: Path, add_prefix_space: bool) -> tokenizers.Toke
     ids = _read_object(vocab)
     if not ids or not all(type(i) is int and i >= 0 for i in ids.values()) or len(set(ids.values())) != len(ids):
         raise ValueError(f"{vocab} is damaged: expected an object that gives each token an id of its own, 0 or more")
+    if not any(line and not line.startswith("#version") for line in _lines(merges)):
+        raise ValueError(f"{merges} is damaged: it holds no merges, without which no text becomes its tokens")
     try:
         model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # the library raises bare Exceptions
@@ -105,15 +110,6 @@ def _build(vocab: Path, merges: Path, add_prefix_space: bool) -> tokenizers.Toke
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _extend(backend: tokenizers.Tokenizer, added: Path) -> None:
-    """The tokens that somebody added to the vocabulary, with the ids that follow it."""
-    for token, id in sorted(_read_object(added).items(), key=lambda item: str(item[1]).zfill(20)):
-        if backend.token_to_id(token) is None:
-            backend.add_tokens([token])
-        if backend.token_to_id(token) != id:
-            raise ValueError(f"{added} gives {token!r} id {id!r}; after {VOCAB} it is {backend.token_to_id(token)}")
 
 
 def _parse(path: Path) -> tokenizers.Tokenizer:
@@ -164,6 +160,10 @@ def _content(token: Any) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

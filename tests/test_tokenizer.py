@@ -377,6 +377,37 @@ def test_added_tokens_follow_the_vocabulary(tmp_path: Path):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["additional", "unk", "flags", "mask"])
+def test_added_tokens_are_found_as_in_transformers(tmp_path: Path, kind):
+    """Which are special, and which take the spaces beside them, of vocab.json and merges.txt alone."""
+    from transformers import AddedToken, GPT2Tokenizer
+
+    train(tmp_path)
+    names = dict(bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>", add_bos_token=True)
+    if kind == "unk":
+        names["unk_token"] = AddedToken("<unk>", rstrip=True)
+    reference = GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), **names)
+    if kind == "additional":
+        reference.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    elif kind == "flags":
+        reference.add_tokens([AddedToken("word", single_word=True), AddedToken("<|user|>", rstrip=True, lstrip=True)])
+    elif kind == "mask":
+        reference.add_special_tokens({"mask_token": AddedToken("<|user|>", lstrip=True)})
+    reference.save_pretrained(tmp_path / "theirs")
+    tokenizer = Tokenizer.load(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "ours")
+    again = [Tokenizer.load(tmp_path / "ours")]
+    if (tmp_path / "ours" / "vocab.json").exists():
+        (tmp_path / "ours" / "tokenizer.json").unlink()
+        again.append(Tokenizer.load(tmp_path / "ours"))
+    for text in ["a <unk> b", "x <|user|> the", "words word", "</s> the<pad>"]:
+        ids = reference(text)["input_ids"]
+        for each in (tokenizer, *again):
+            assert each.encode(text) == ids
+            special = {i for i in ids if each.decode([i]) == ""}
+            assert special == set(ids) & set(reference.all_special_ids)
+
+
 def test_the_most_specific_file_names_the_special_tokens(tmp_path: Path):
     train(tmp_path)
 
@@ -433,6 +464,8 @@ def test_a_weights_file_has_its_tokenizer_beside_it(tmp_path: Path):
         ("merges.txt", "#version: 0.2\nno_space\n", "merges.txt is damaged"),
         ("merges.txt", "#version: 0.2\nzz qq\n", "merges.txt is damaged or does not belong"),
         ("merges.txt", b"\xff\xfe\x00", "merges.txt is damaged"),
+        ("merges.txt", "#version: 0.2\n", "merges.txt is damaged: it holds no merges"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}', "should give ids their tokens"),
         ("tokenizer.json", "{}", "tokenizer.json is damaged"),
         ("tokenizer.json", "", "tokenizer.json is damaged"),
         ("tokenizer_config.json", "nonsense", "tokenizer_config.json is damaged"),
