@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from cli_helpers import check_error, runner, write_model
 
 import optjax
+from optjax.cli import main
 from optjax.cli.perplexity import windows
 
 POSITIONS = 64
@@ -183,3 +186,17 @@ def test_errors_are_one_line(run, model, tmp_path, words, status, said):
     (tmp_path / "broken.jsonl").write_text("{")
     words = [word.format(tmp=tmp_path) for word in words]
     check_error(run("score", *words, "--model", model), status, *(each.format() for each in said))
+
+
+def test_streams_that_are_closed_or_not_utf_8(model, monkeypatch):
+    words = ["score", "--model", str(model), "--no-compile-cache", "-q", "the old house"]
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(words) == 0
+        assert "log p" in out.buffer.getvalue().decode(encoding)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(words) == 0 and sys.stdout is None
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([word for word in words if word != "-q"]) == 0
+    assert main(["score", "--model", str(model / "none"), "a"]) == 1

@@ -16,7 +16,11 @@ from optjax.cli import terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. ``argv`` without the program's name; by default the process's."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with terminal.usable_streams():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(words: list[str]) -> int:
     try:
         from optjax.cli.arguments import parse
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 
 class UsageError(Exception):
     """A command that makes no sense; exit status 2."""
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Standard output and error that take any text: one that is closed loses it, and none fails for its encoding."""
+    given = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = (nowhere if stream is None else stream for stream in given)
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="replace")
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = given
 
 
 def report(error: Exception) -> int:
