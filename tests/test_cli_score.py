@@ -175,14 +175,14 @@ def test_windows_count_each_token_once():
         (["--perplexity", "the old", "--max-length", "8", "--stride", "8"], 2, ["--stride", "1 to 7"]),
         (["--perplexity", "--file", "{tmp}/empty"], 2, ["empty"]),
         (["--file", "{tmp}/empty"], 2, ["holds no text"]),
-        (["--file", "{tmp}/wrong.jsonl"], 1, ["line 2", '{{"prompt": 1}}', "continuations"]),
+        (["--file", "{tmp}/wrong.jsonl"], 1, ["line 4", '{{"prompt": 1}}', "continuations"]),
         (["--file", "{tmp}/broken.jsonl"], 1, ["line 1", "no JSON"]),
         (["--file", "{tmp}/wrong.jsonl", " yes"], 2, [".jsonl", "continuations"]),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(run, model, tmp_path, words, status, said):
     (tmp_path / "empty").write_text("")
-    (tmp_path / "wrong.jsonl").write_text('{"text": "the"}\n{"prompt": 1}\n')
+    (tmp_path / "wrong.jsonl").write_text('\n{"text": "the"}\n \n{"prompt": 1}\n')
     (tmp_path / "broken.jsonl").write_text("{")
     words = [word.format(tmp=tmp_path) for word in words]
     check_error(run("score", *words, "--model", model), status, *(each.format() for each in said))

@@ -49,11 +49,17 @@ def read_lines(file: str, what: str) -> list[str]:
       UsageError: there is none; ``what`` says what was expected.
       ValueError, OSError: as `read_prompts`.
     """
+    return list(read_numbered_lines(file, what).values())
+
+
+def read_numbered_lines(file: str, what: str) -> dict[int, str]:
+    """`read_lines`, each under its number in the file, from 1."""
     # Not splitlines, which also splits at characters that may stand within a text.
-    lines = [line.removesuffix("\r") for line in read_whole(file).split("\n") if line.strip()]
-    if not lines:
+    lines = enumerate(read_whole(file).split("\n"), 1)
+    found = {i: line.removesuffix("\r") for i, line in lines if line.strip()}
+    if not found:
         raise UsageError(f"{name_of(file)} holds no {what}: one is expected on each line")
-    return lines
+    return found
 
 
 def read_whole(file: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optjax.cli.prompts import name_of, read_lines, read_prompts, read_whole
+from optjax.cli.prompts import name_of, read_lines, read_numbered_lines, read_prompts, read_whole
 from optjax.cli.terminal import UsageError, note
 
 _FORMS = '{"text": …}, {"prompt": …, "continuation": …} or {"prompt": …, "continuations": […]}'
@@ -33,8 +33,8 @@ def read_items(words: Sequence[str], file: str | None, *, quiet: bool = False) -
     if file is not None and file.endswith(".jsonl"):
         if words:
             raise UsageError("a .jsonl file names its own continuations; leave those of the command line out")
-        lines = enumerate(read_lines(file, "JSON object"), 1)
-        questions = [_of_json(line, f"{name_of(file)}, line {i}") for i, line in lines]
+        lines = read_numbered_lines(file, "JSON object")
+        questions = [_of_json(line, f"{name_of(file)}, line {i}") for i, line in lines.items()]
     elif file is not None:
         questions = [(text, list(words)) for text in read_lines(file, "text")]
     else:
