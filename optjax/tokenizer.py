@@ -7,7 +7,7 @@ hence the setting ``add_bos_token`` in OPT's files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,7 +104,7 @@ class Tokenizer:
 
     def encode_batch(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str] | np.ndarray,
         *,
         padding: Side = "left",
         max_length: int | None = None,
@@ -130,6 +130,10 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             raise ValueError("expected a list of texts, got one string; pass [text], or use encode(text)")
+        try:
+            texts = list(texts)
+        except TypeError:
+            raise ValueError(f"expected a list of texts, got {type(texts).__name__}") from None
         if not texts:
             raise ValueError("expected at least one text, got none")
         if padding not in ("left", "right"):
@@ -143,7 +147,7 @@ class Tokenizer:
         for i, text in enumerate(texts):
             _check_text(text, f"texts[{i}]")
 
-        rows = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        rows = self.backend.encode_batch(texts, add_special_tokens=False)
         if max_length is not None:
             added = self.backend.num_special_tokens_to_add(False) if add_special_tokens else 0
             room = max_length - added
@@ -172,7 +176,7 @@ class Tokenizer:
             mask[i, place] = 1
         return ids, mask
 
-    def __call__(self, texts: str | Sequence[str], **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, texts: str | Iterable[str] | np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """`encode_batch` that also takes one string: ``optjax.generate(params, *tokenizer("Hello"), …)``."""
         return self.encode_batch([texts] if isinstance(texts, str) else texts, **options)
 
@@ -201,7 +205,10 @@ class Tokenizer:
         )
 
     def _known(self, ids: Iterable[int] | np.ndarray) -> list[int]:
-        array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+        try:
+            array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+        except TypeError:
+            raise ValueError(f"expected one row of ids, got {type(ids).__name__}; for a single id pass [id]") from None
         if array.ndim != 1:
             raise ValueError(f"expected one row of ids, got shape {array.shape}; for many rows use decode_batch")
         if array.size and not np.issubdtype(array.dtype, np.integer):

@@ -30,6 +30,8 @@ def parse_mesh(spec: str | Mapping[str, int] | None, devices: int | None = None)
       ValueError: no such axis, a size that makes no sense, or sizes that do not make up the devices.
     """
     sizes = dict.fromkeys(AXES, 1)
+    if not isinstance(spec, str | Mapping | None):
+        raise ValueError(f"a mesh is given like 'fsdp=16,tensor=8' or {{'fsdp': 16, 'tensor': 8}}, not {spec!r}")
     given = {"fsdp": -1} if spec is None else _split(spec) if isinstance(spec, str) else dict(spec)
     for name, size in given.items():
         if name not in AXES:
@@ -75,6 +77,8 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[Any
       ValueError: as `parse_mesh`, or axes that cannot be laid over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if not devices:
+        raise ValueError("a mesh has at least one device, and there are none")
     sizes = parse_mesh(spec, len(devices))
     return Mesh(_ordered(sizes, devices), tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 

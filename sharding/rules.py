@@ -96,7 +96,10 @@ def as_rules(rules: str | Rules | None, mesh: Mesh) -> tuple[tuple[str, tuple[st
     made = {}
     for name in LOGICAL_AXES:
         value = rules[name]
-        axes = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        axes = () if value is None else (value,) if isinstance(value, str) else value
+        if not isinstance(axes, tuple | list) or not all(isinstance(axis, str) for axis in axes):
+            raise ValueError(f"the rule for {name!r} should be a mesh axis, a tuple of them or None, not {value!r}")
+        axes = tuple(axes)
         for axis in axes:
             if axis not in known:
                 raise ValueError(f"the rule for {name!r} names mesh axis {axis!r}; the mesh has: {', '.join(known)}")

@@ -136,6 +136,18 @@ def test_arguments(tmp_path, arguments, message):
         load_params(tmp_path, **arguments)
 
 
+@pytest.mark.parametrize("source", [None, 123, b"x", ["opt-mini"]])
+def test_sources_that_are_no_path(source):
+    with pytest.raises(ValueError, match="source should be a path or a hub id"):
+        load_params(source)
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "~nobody-has-this-name/x", "a\0b"])
+def test_paths_that_cannot_be(source):
+    with pytest.raises(FileNotFoundError, match="no file or folder at"):
+        load_params(source)
+
+
 def test_double_precision(tmp_path):
     """With jax's x64 on, float64 stays."""
     state = make_state(PRE_NORM, dtype=torch.float64)

@@ -239,6 +239,8 @@ def test_what_cannot_be_saved(tmp_path):
     params = make_params(PRE_NORM)
     with pytest.raises(ValueError, match="no format 'torch'"):
         save_params(params, tmp_path, "torch")
+    with pytest.raises(ValueError, match="folder should be a path, not None"):
+        save_params(params, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no array of values"):
         save_params(optjax.abstract_params(PRE_NORM), tmp_path)
     with pytest.raises(ValueError, match="should be what init_params"):

@@ -54,11 +54,25 @@ def test_sizes_of_a_mesh():
         ("fsdp=2,fsdp=4", 8, "named twice"),
         ("fsdp=-1,tensor=-1", 8, "only one mesh axis can be -1"),
         ("fsdp=-1", None, "depends on the number of devices"),
+        (8, 8, "a mesh is given like 'fsdp=16,tensor=8'"),
+        (["fsdp"], 8, "a mesh is given like 'fsdp=16,tensor=8'"),
     ],
 )
 def test_meshes_that_make_no_sense(spec, devices, message):
     with pytest.raises(ValueError, match=message):
         parse_mesh(spec, devices)
+
+
+def test_a_mesh_of_no_devices():
+    for spec in (None, "fsdp=1"):
+        with pytest.raises(ValueError, match="at least one device, and there are none"):
+            make_mesh(spec, [])
+
+
+@pytest.mark.parametrize("rule", [3, {"tensor": 1}, ["tensor", 3]])
+def test_a_rule_of_no_axes(rule):
+    with pytest.raises(ValueError, match="the rule for 'mlp' should be a mesh axis, a tuple of them or None"):
+        make_placement(make_mesh("tensor=8", eight()), {**RULES["tensor"], "mlp": rule}, TINY, None)
 
 
 def test_every_mesh_of_so_many_devices():

@@ -185,6 +185,8 @@ def test_call_takes_one_text_or_many(real: Tokenizer):
     [
         ("text", {}, "one string"),
         ([], {}, "none"),
+        (None, {}, "expected a list of texts, got NoneType"),
+        (np.array([]), {}, "none"),
         (["a", None], {}, r"texts\[1\] is a NoneType"),
         (["a", "\ud800"], {}, r"texts\[1\] cannot be written in UTF-8"),
         (["a"], {"padding": "both"}, "'both'"),
@@ -200,6 +202,13 @@ def test_bad_batches_are_refused(real: Tokenizer, texts, options, message):
         real.encode_batch(texts, **options)
 
 
+def test_texts_of_any_kind(real: Tokenizer):
+    ids, mask = real(["a", "b c"])
+    for texts in (np.array(["a", "b c"]), ("a", "b c"), (text for text in ("a", "b c"))):
+        for found, expected in zip(real(texts), (ids, mask), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_bad_input_is_refused(real: Tokenizer):
     with pytest.raises(ValueError, match="text is a int"):
         real.encode(3)
@@ -213,6 +222,9 @@ def test_bad_input_is_refused(real: Tokenizer):
         real.decode(np.array([[4, 5]]))
     with pytest.raises(ValueError, match="float"):
         real.decode(np.array([4.0]))
+    for one in (5, None):
+        with pytest.raises(ValueError, match="expected one row of ids"):
+            real.decode(one)  # type: ignore[arg-type]
     assert real.decode([]) == "" and real.decode_batch(np.array([[4], [5]])) == [".", " the"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
 from pathlib import Path
 
@@ -46,11 +47,16 @@ def resolve_source(
     Raises:
       FileNotFoundError: there is no such path, and no such model on the hub or no way to reach it.
       ConnectionError: the network failed on the way; a second attempt goes on where the first stopped.
-      ValueError: the hub refuses access.
+      ValueError: it is nothing of those, or the hub refuses access.
     """
-    path = Path(source).expanduser()
-    if str(source) and path.exists():
-        return path
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source should be a path or a hub id such as 'facebook/opt-125m', not {source!r}")
+    try:
+        path = Path(source).expanduser()
+        if str(source) and path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name that is too long, or a home that nobody has
+        raise FileNotFoundError(f"no file or folder at {shorten(str(source))!r}: {shorten(str(error))}") from None
     name = str(source)
     if name in PACKAGED:
         folder = Path(str(importlib.resources.files("optjax") / "assets" / name))

@@ -70,6 +70,8 @@ def save_params(
     """
     if not isinstance(params, Params):
         raise ValueError(f"params should be what init_params or load_params return, not {type(params).__name__}")
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder should be a path, not {folder!r}")
     if format not in _FORMATS:
         raise ValueError(f"no format {format!r} to write; there are: {', '.join(_FORMATS)}")
     check_not_offloaded(params, "save_params does not read them")
