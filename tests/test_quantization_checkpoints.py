@@ -172,7 +172,7 @@ def test_convert_writes_what_save_params_writes(tmp_path, capsys):
     out = capsys.readouterr()
     assert "nf4 in groups of 8" in out.out and "parameters in nf4 from safetensors" in out.err
     for arguments, message in [
-        (["codes", "x", "--format", "flax"], "flax files cannot hold weights quantized to nf4"),
+        (["codes", "x", "--format", "flax"], "quantized to nf4, which --format flax cannot hold; leave --format"),
         (["full", "x", "--format", "flax", "--quantize", "int8"], "cannot hold quantized weights"),
         (["codes", "x", "--quantize", "int8"], "quantized already"),
         (["full", "x", "--group-size", "8"], "--group-size is for"),

@@ -84,6 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     parse_size(arguments.max_shard_size)
     path = resolve_source(arguments.source, revision=arguments.revision)
     opened = _open(path, arguments)
+    if arguments.format != "safetensors" and opened.quantization is not None:
+        raise UsageError(
+            f"{arguments.source} is quantized to {opened.quantization.kind}, which --format {arguments.format} cannot "
+            "hold; leave --format out, or convert the model that it was made from"
+        )
     files = _tokenizer_files(path, arguments, replaces)
     show = sys.stderr.isatty() and not arguments.quiet
     with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show) as advance:
