@@ -73,6 +73,24 @@ def test_all_biases_missing(tmp_path):
     assert "enable_bias" not in str(error.value)
 
 
+def test_a_head_that_is_not_opts(tmp_path):
+    """What would change the logits, and is not read, is refused; another head's is no matter."""
+    state = make_state(PRE_NORM)
+    write(state | {"lm_head.bias": torch.zeros(61), "lm_head.weight": state["embed_tokens.weight"] + 1}, tmp_path)
+    assert_same(load_params(tmp_path), state)
+    write(state | {"lm_head.bias": torch.ones(61)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"lm_head.bias \(61,\): not all 0, and OPT has no such bias"):
+        load_params(tmp_path)
+    assert_same(load_params(tmp_path, head="base"), state)
+    write(state | {"lm_head.weight": torch.ones(7, 24)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"unexpected:\s+lm_head.weight \(7, 24\)"):
+        load_params(tmp_path)
+    state = make_state(PRE_NORM, "sequence_classification")
+    write(state | {"score.bias": torch.ones(2)}, tmp_path, head="sequence_classification")
+    with pytest.raises(CheckpointError, match=r"score.bias \(2,\): not all 0"):
+        load_params(tmp_path)
+
+
 def test_the_same_weight_twice(tmp_path):
     state = make_state(PRE_NORM)
     torch.save(

@@ -54,6 +54,26 @@ def test_bit_for_bit(tmp_path, write, dtype, config):
     assert_same(params, state)
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize("tied", [True, False])
+def test_wrappers_of_training_stand_before_the_head_too(tmp_path, prefix, tied):
+    config = PRE_NORM.replace(tie_word_embeddings=tied)
+    state = make_state(config)
+    head = {"lm_head.weight": state["embed_tokens.weight"]} if tied else {}
+    file = prefixed(state, "model.decoder.") | head
+    write_bin({prefix + name: w for name, w in file.items()}, write_config(config, tmp_path))
+    assert_same(load_params(tmp_path), state)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
+@pytest.mark.parametrize("write", [write_bin, write_legacy_bin])
+def test_a_state_dict_beside_other_state(tmp_path, wrapper, write):
+    state = make_state(PRE_NORM)
+    file = {wrapper: prefixed(state, "model.decoder."), "epoch": 3, "optimizer": {"state": {0: torch.ones(2)}}}
+    write(file, write_config(PRE_NORM, tmp_path))
+    assert_same(load_params(tmp_path), state)
+
+
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_float64_becomes_float32(tmp_path, write):
     state = make_state(PRE_NORM, dtype=torch.float64)

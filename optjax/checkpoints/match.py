@@ -130,7 +130,7 @@ def match(
             problems["not floating point (quantized?)"].append(f"{path}: {tensor.dtype}")
         else:
             out.tensors[weight.path, layer] = tensor
-    problems["unexpected"] += _leftovers(tensors, config)
+    problems["unexpected"] += _leftovers(tensors, config, head)
     if any(problems.values()):
         raise CheckpointError(_message(problems, missing, config, head))
     return out
@@ -147,18 +147,28 @@ def expected(config: OPTConfig, head: str | None) -> Iterator[tuple[Weight, int 
 
 
 def _use_only_copy(tensors: dict[str, TensorRef], config: OPTConfig) -> None:
-    """Tied weights may be stored under either name or both (Hugging Face #43159); the embedding's counts."""
+    """Tied weights may be stored under either name or both (Hugging Face #43159); the embedding's counts.
+
+    What is called the head and has another shape is none, and is left to be found unexpected.
+    """
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        tensors.setdefault("embed_tokens.weight", head)
+        head = tensors["lm_head.weight"]
+        if head.shape == tensors.setdefault("embed_tokens.weight", head).shape:
+            del tensors["lm_head.weight"]
 
 
-def _leftovers(tensors: dict[str, TensorRef], config: OPTConfig) -> Iterator[str]:
+def _leftovers(tensors: dict[str, TensorRef], config: OPTConfig, head: str | None) -> Iterator[str]:
     """Tensors that nothing asked for, less those that are allowed: another head, zero biases, unit norms."""
     full = config.replace(enable_bias=True, layer_norm_elementwise_affine=True)
     kinds = {path: (weight.kind, weight.shape) for weight, _, path in expected(full, None)}
+    # The bias that some training gives a head; left out, the head would compute something else.
+    own = {"causal_lm": ("lm_head", config.vocab_size), "sequence_classification": ("score", config.num_labels)}
+    name, n = own.get(head or "", ("", 0))
+    its_bias = f"{name}.bias"
+    kinds[its_bias] = ("bias", (n,))
     for path, tensor in tensors.items():
-        if path.startswith(_HEAD_WEIGHTS):
+        odd = path == its_bias or (path == "lm_head.weight" and config.tie_word_embeddings)
+        if path.startswith(_HEAD_WEIGHTS) and not odd:
             continue
         kind, shape = kinds.get(path, (None, None))
         if kind in ("bias", "norm_weight", "norm_bias") and shape == tensor.shape and tensor.dtype in FLOATS:
@@ -167,7 +177,8 @@ def _leftovers(tensors: dict[str, TensorRef], config: OPTConfig) -> Iterator[str
             if bool((tensor.read() == neutral).all()):
                 continue
             switch = "enable_bias" if kind == "bias" else "layer_norm_elementwise_affine"
-            yield f"{path} {tensor.shape}: not all {neutral}, though the config says {switch}=false"
+            why = "and OPT has no such bias" if path == its_bias else f"though the config says {switch}=false"
+            yield f"{path} {tensor.shape}: not all {neutral}, {why}"
         else:
             yield f"{shorten(path)} {tensor.shape}"
 

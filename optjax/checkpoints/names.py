@@ -7,8 +7,8 @@ import re
 from optjax.checkpoints.tensors import TensorRef, Transposed
 
 # `model.decoder.` as transformers writes, `decoder.` (350m's file and the base model), more before it (TensorFlow,
-# wrappers for training), or nothing (some conversions).
-_PREFIX = re.compile(r"^(?:.*?\bdecoder\.|(?:model\.|module\.)+)")
+# wrappers for training: a head, which stands outside of the decoder, has theirs alone), or nothing (some conversions).
+_PREFIX = re.compile(r"^(?:.*?\bdecoder\.|(?:model\.|module\.|_orig_mod\.|base_model\.)+)")
 # Buffers and bookkeeping that some versions of some tools leave in files.
 _IGNORED = re.compile(
     r"(^|\.)version$|position_ids$|embed_positions\._float_tensor$|self_attn\.(masked_)?bias$|rotary_emb\.|\.inv_freq$"

@@ -28,6 +28,7 @@ DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+_WRAPPERS = ("state_dict", "model", "module")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # First object of a file from before torch 1.6.
 
 ToRef = Callable[[PickledTensor], FileTensor]
@@ -43,6 +44,10 @@ def read_torch(path: Path) -> dict[str, TensorRef]:
     with reading(path):
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} should hold a dictionary of tensors")
+        # As training programs save them, beside an optimizer's state or alone.
+        inner = [content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)]
+        if len(inner) == 1 and not any(isinstance(v, PickledTensor) for v in content.values()):
+            content = inner[0]
         return {k: to_ref(v) for k, v in content.items() if isinstance(k, str) and isinstance(v, PickledTensor)}
 
 
