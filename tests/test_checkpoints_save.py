@@ -28,7 +28,7 @@ from hf_models import CLASSES
 import optjax
 from optjax import load_params, save_params
 from optjax.checkpoints import entries
-from optjax.checkpoints.save import parse_size
+from optjax.checkpoints.save import parse_size, save_over
 
 
 @pytest.mark.parametrize("head", CLASSES)
@@ -174,8 +174,21 @@ def test_saving_again_replaces_the_old_checkpoint(tmp_path, format):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_weights_beside_those_that_would_be_loaded_are_not_written(tmp_path):
+    old, new = (make_params(PRE_NORM, seed=i) for i in (0, 1))
+    save_params(old, tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="has model.safetensors, which would be loaded rather than weights in flax's"):
+        save_params(new, tmp_path, "flax")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert_equal_params(load_params(tmp_path), old)
+    (tmp_path / "model.safetensors").unlink()
+    save_params(new, tmp_path, "flax")
+    assert_equal_params(load_params(tmp_path), new)
+
+
 @pytest.mark.parametrize("shard", [12_000, 10**9])
-def test_what_was_saved_last_is_loaded_whatever_its_format(tmp_path, shard):
+def test_a_model_is_replaced_whatever_its_format(tmp_path, shard):
     """Weights that would be read rather than those just written go, and only once these are there."""
     old, new = (make_params(PRE_NORM, seed=i) for i in (0, 1))
     other = make_params(PRE_NORM.replace(ffn_dim=20))
@@ -183,7 +196,7 @@ def test_what_was_saved_last_is_loaded_whatever_its_format(tmp_path, shard):
     (tmp_path / "tf_model.h5").write_bytes(b"no matter")
     save_params(old, tmp_path, max_shard_size=shard)
     for params in (new, other):
-        save_params(params, tmp_path, "flax", max_shard_size=shard)
+        save_over(params, tmp_path, "flax", shard)
         assert_equal_params(load_params(tmp_path), params)
     assert not [*tmp_path.glob("*safetensors*"), *tmp_path.glob("*.bin")] and (tmp_path / "tf_model.h5").exists()
     save_params(old, tmp_path, max_shard_size=shard)
@@ -201,7 +214,7 @@ def test_a_failure_leaves_the_old_checkpoint_of_another_format(tmp_path, monkeyp
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", look_before)
-    save_params(new, tmp_path, "flax", max_shard_size=12_000)
+    save_over(new, tmp_path, "flax", 12_000)
     monkeypatch.undo()
     assert len(seen) > 5
     assert_equal_params(load_params(tmp_path), new)

@@ -52,8 +52,7 @@ def save_params(
     transformers loads the folder as it is (``from_flax`` models for ``"flax"``). Stacked params are written like any
     others. Quantized params are written as they are, in codes and scales that only optjax reads. Tensors go to the
     files one at a time. Files appear under their names only once all of them are complete, so that a failure leaves the
-    folder's earlier checkpoint as it was. Then its weights go, in this format and in those that `load_params` would
-    read rather than it: safetensors and ``.bin`` where ``"flax"`` is written. Weights that it would not read stay.
+    folder's earlier checkpoint as it was. Weights of the other format stay.
 
     Params that are spread over several processes are saved by all of them together; the first one writes the files,
     and nobody returns before they are there.
@@ -66,8 +65,19 @@ def save_params(
 
     Raises:
       ValueError: unknown format or one that cannot hold quantized weights, a size that makes no sense, params without
-        values, or offloaded.
+        values, or offloaded; or the folder has weights that `load_params` would read rather than those of this format,
+        as it reads safetensors and ``.bin`` rather than ``"flax"``.
     """
+    if isinstance(folder, str | os.PathLike) and format in _FORMATS and (others := _read_before(Path(folder), format)):
+        raise ValueError(
+            f"{folder} has {others[0].name}, which would be loaded rather than weights in {format}'s format: give "
+            "another folder, or remove it first"
+        )
+    save_over(params, folder, format, max_shard_size)
+
+
+def save_over(params: Params, folder: str | Path, format: str, max_shard_size: int | str) -> None:
+    """`save_params` in place of any model there: last of all, weights that would be read rather than these go."""
     if not isinstance(params, Params):
         raise ValueError(f"params should be what init_params or load_params return, not {type(params).__name__}")
     if not isinstance(folder, str | os.PathLike):
@@ -156,13 +166,19 @@ def _shard_name(name: str, i: int, n: int) -> str:
 
 def _put_in_place(temporary: Path, folder: Path, files: list[str], format: str) -> None:
     """Complete files to their names, then the earlier weights away that would be read, too, or rather."""
-    formats = list(WEIGHTS_NAMES)
-    stale = [path for each in formats[: formats.index(format) + 1] for path in _weights(folder, each)]
+    stale = [*_read_before(folder, format), *_weights(folder, format)]
     for file in files:
         os.replace(temporary / file, folder / file)
     for path in stale:
         if path.name not in files:
             path.unlink()
+
+
+def _read_before(folder: Path, format: str) -> list[Path]:
+    """Weights in a folder, of other formats, that `load_params` would read rather than those of this one."""
+    folder, formats = folder.expanduser(), list(WEIGHTS_NAMES)
+    earlier = formats[: formats.index(format)] if folder.is_dir() else []
+    return [path for each in earlier for path in _weights(folder, each)]
 
 
 def _weights(folder: Path, format: str) -> list[Path]:

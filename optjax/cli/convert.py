@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optjax.checkpoints.hub import resolve_source
     from optjax.checkpoints.lazy import lazy_params
     from optjax.checkpoints.progress import progress_bar
-    from optjax.checkpoints.save import parse_size, save_params
+    from optjax.checkpoints.save import parse_size, save_over
 
     parse_size(arguments.max_shard_size)
     path = resolve_source(arguments.source, revision=arguments.revision)
@@ -96,11 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
         _check_space(params, dest)
         options = {"format": arguments.format, "max_shard_size": arguments.max_shard_size}
         if replaces:
-            save_params(params, dest, **options)
+            save_over(params, dest, **options)
             _copy(files, dest)
         else:
             with _new_folder(dest) as staging:
-                save_params(params, staging, **options)
+                save_over(params, staging, **options)
                 _copy(files, staging)
     if not arguments.quiet:
         made = wanted or opened.quantization
