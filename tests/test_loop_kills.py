@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 
@@ -53,19 +54,26 @@ def test_kills_change_no_bit(tmp_path, processes, deaths):
 
 
 def test_damage_that_one_process_finds(tmp_path):
-    """The other waits for it inside of orbax. It says so, and started again both go on from the checkpoint before."""
+    """The other waits for it inside of orbax. It says so, and started again both go on from the checkpoint before. The
+    last one is not moved, so that the run does not begin anew."""
     options, more, folder = OPTIONS | {"total_steps": 12}, {"width": 4096}, tmp_path / "run"
     assert finish(start(folder, options | {"stop_at": 8}, more, 2)) == [0, 0], output(folder)
-    for path in (folder / "checkpoints/8/state/ocdbt.process_1/d").iterdir():
-        path.write_bytes(bytes(path.stat().st_size))  # as long as it was: no size tells
-    started = start(folder, options, more | {"patience": 2.0}, 2)
-    try:
-        while all(process.poll() is None for process in started):
+    kept = tmp_path / "kept"
+    shutil.copytree(folder / "checkpoints" / "4", kept)
+    for step, status, said in ((8, STOPPED, "step 8 is damaged"), (4, 1, "not every process can read")):
+        for path in (folder / f"checkpoints/{step}/state/ocdbt.process_1/d").iterdir():
+            path.write_bytes(bytes(path.stat().st_size))  # as long as it was: no size tells
+        started = start(folder, options, more | {"patience": 2.0}, 2)
+        deadline = time.monotonic() + 120.0
+        while all(process.poll() is None for process in started) and time.monotonic() < deadline:
             time.sleep(0.05)
-    finally:
+        first = [process.poll() for process in started]
         for process in started:
             process.kill()
-    assert STOPPED in [process.wait() for process in started], output(folder)
-    assert "checkpoint of step 8 is damaged" in output(folder) and (folder / "damaged" / "8").is_dir()
+            process.wait()
+        assert status in first and said in output(folder), (first, output(folder))
+    assert [path.name for path in (folder / "damaged").iterdir()] == ["8"]
+    shutil.rmtree(folder / "checkpoints" / "4")
+    shutil.copytree(kept, folder / "checkpoints" / "4")
     whole = finished(tmp_path / "whole", options, more, 2)
     assert same(finished(folder, options, more, 2), whole), output(folder)

@@ -151,8 +151,9 @@ class Checkpoints:
         """The newest checkpoint that can be read (of those of some steps). Newer, damaged ones are reported, and moved
         to the run's folder `damaged` unless all is to be left as it is.
 
-        Of several processes one may find damage while the others wait for it inside of orbax. Then it moves the
-        checkpoint, says so, and ends with status 75: started again, they all go on from the one before.
+        Of several processes one may fail while the others wait for it inside of orbax. It says so then, and ends the
+        run: where the files are to blame, and there is a checkpoint before, it moves this one and ends with status 75,
+        so that all go on from the one before when they are started again; else with status 1.
 
         Args:
           target: the state as `jax.ShapeDtypeStruct` with shardings; its mesh, rules and number of processes need not
@@ -190,30 +191,37 @@ class Checkpoints:
             state=ocp.args.StandardRestore(target), loader=ocp.args.JsonRestore(), loop=ocp.args.JsonRestore()
         )
         found: Any = None
-        wrong = ""
+        wrong, damaged = "", False
         try:
             found = self._manager.restore(step, args=args)
-        except Exception as error:  # orbax and tensorstore raise all kinds; which of them does not matter
+        except Exception as error:  # orbax and tensorstore raise all kinds
             wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            # What jax and the system raise may be the memory's, the network's or another process's fault.
+            damaged = not isinstance(error, jax.errors.JaxRuntimeError | OSError | MemoryError)
         if jax.process_count() > 1:
             if not _all_have_read(PATIENCE if wrong else LONGEST):
-                self._give_up(step, wrong or "another process could not read it")
+                self._give_up(step, wrong or "another process has not", damaged)
             if not multihost_utils.process_allgather(np.array(not wrong)).all():
                 return wrong or "another process cannot read it", None
         return wrong, found and Restored(found["state"], found["loader"], found["loop"])
 
-    def _give_up(self, step: int, why: str) -> NoReturn:
-        text = f"the checkpoint of step {step} is damaged ({why}); the same command goes on from the one before"
-        with contextlib.suppress(OSError):  # another process may have moved it
-            if not self._read_only:
+    def _give_up(self, step: int, why: str, damaged: bool) -> NoReturn:
+        if damaged and not self._read_only and any(each < step for each in self.steps):
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
                 self._move(step)
+            text = f"the checkpoint of step {step} is damaged ({why}); the same command goes on from the one before"
+            status = STOPPED
+        else:
+            text = f"not every process can read the checkpoint of step {step} in {self._path} ({why})"
+            status = 1
         print(text, file=sys.stderr, flush=True)
-        os._exit(STOPPED)  # an orderly end would wait for the others
+        os._exit(status)  # an orderly end would wait for the others
 
     def _move(self, step: int) -> None:
-        target = self.folder / "damaged" / str(step)
-        shutil.rmtree(target, ignore_errors=True)
+        target, again = self.folder / "damaged" / str(step), itertools.count(1)
         target.parent.mkdir(exist_ok=True)
+        while target.exists():  # of an earlier time, or by another process just now
+            target = target.with_name(f"{step}.{next(again)}")
         (self._path / str(step)).rename(target)
 
     def _set_aside(self, step: int) -> None:
