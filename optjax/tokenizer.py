@@ -62,7 +62,8 @@ class Tokenizer:
         """Writes the files from which `load` and transformers' AutoTokenizer make this tokenizer again.
 
         ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``; for a tokenizer of GPT-2's build,
-        which OPT's is, also ``vocab.json`` and ``merges.txt``.
+        which OPT's is, also ``vocab.json`` and ``merges.txt``. Files of these names, and ``added_tokens.json``, that
+        another tokenizer left in the folder go.
         """
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         if self.pad_token is not None:

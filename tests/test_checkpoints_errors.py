@@ -143,6 +143,7 @@ def test_no_config(tmp_path):
         ({"head": "lm"}, "no head named 'lm'; there are"),
         ({"key": 5}, "expected a PRNG key"),
         ({"new_head": True}, "takes a key"),
+        ({"new_head": True, "key": jax.random.key(0)}, "this is a language model"),
         ({"rules": {}}, "pass mesh= too"),
         ({"config": "opt-1b"}, "no preset named 'opt-1b'"),
         ({"config": {"hidden_size": 24}}, "config should be an OPTConfig or the name of a preset"),

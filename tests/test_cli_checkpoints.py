@@ -125,6 +125,10 @@ def test_a_checkpoint_may_be_converted_in_place(run, source, params):
     assert run("convert", source, source, "--force", "--dtype", "float16")[0] == 0
     assert_same(optjax.load_params(source), jax.tree.map(lambda w: w.astype(jnp.float16), params))
     assert {name: (source / name).read_bytes() for name in TOKENIZER} == TOKENIZER
+    before = sorted(path.name for path in source.iterdir())
+    status, _, err = run("convert", source, source, "--force", "--format", "flax")
+    assert status == 2 and "would lose model.safetensors" in err
+    assert sorted(path.name for path in source.iterdir()) == before
 
 
 def test_another_model_is_replaced_as_a_whole(run, source, params, tmp_path):

@@ -58,7 +58,7 @@ def load_params(
         default what ``architectures`` in config.json says, else the head that is in the files.
       mesh, rules: spread the weights over devices (see ``optjax.sharding``); each process reads what its devices hold.
       key: a jax PRNG key to create the head with where the checkpoint has none; without a key that is an error.
-      new_head: create it where the checkpoint has one too, such as a classifier's for other labels.
+      new_head: create it where the checkpoint has one too: a classifier's for other labels, or one for answers.
       stacked: layers stacked ``[L, …]``, for training.
       config: an `OPTConfig` or a preset's name, in place of config.json. Where there is neither, sizes come from the
         weights and the rest from the checkpoint's training arguments or the published model of those sizes.

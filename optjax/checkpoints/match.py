@@ -167,7 +167,7 @@ def _leftovers(tensors: dict[str, TensorRef], config: OPTConfig, head: str | Non
     its_bias = f"{name}.bias"
     kinds[its_bias] = ("bias", (n,))
     for path, tensor in tensors.items():
-        odd = path == its_bias or (path == "lm_head.weight" and config.tie_word_embeddings)
+        odd = path == its_bias or (path == "lm_head.weight" and head == "causal_lm" and config.tie_word_embeddings)
         if path.startswith(_HEAD_WEIGHTS) and not odd:
             continue
         kind, shape = kinds.get(path, (None, None))

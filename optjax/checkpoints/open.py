@@ -60,6 +60,8 @@ def open_checkpoint(
     contents = open_contents(found)
     config, quantization = _config(config, found.folder, contents)
     head = choose_head(config, contents) if head is None else (None if head == "base" else head)
+    if new_head and head in (None, "causal_lm"):
+        raise ValueError("new_head=True is for a classifier or for answers to questions; this is a language model")
     plan = match(contents, config, head, create_head=create_head, new_head=new_head, quantization=quantization)
     return Opened(found, config, head, plan, quantization)
 

@@ -68,7 +68,7 @@ def save_params(
         values, or offloaded; or the folder has weights that `load_params` would read rather than those of this format,
         as it reads safetensors and ``.bin`` rather than ``"flax"``.
     """
-    if isinstance(folder, str | os.PathLike) and format in _FORMATS and (others := _read_before(Path(folder), format)):
+    if isinstance(folder, str | os.PathLike) and format in _FORMATS and (others := read_before(Path(folder), format)):
         raise ValueError(
             f"{folder} has {others[0].name}, which would be loaded rather than weights in {format}'s format: give "
             "another folder, or remove it first"
@@ -166,7 +166,7 @@ def _shard_name(name: str, i: int, n: int) -> str:
 
 def _put_in_place(temporary: Path, folder: Path, files: list[str], format: str) -> None:
     """Complete files to their names, then the earlier weights away that would be read, too, or rather."""
-    stale = [*_read_before(folder, format), *_weights(folder, format)]
+    stale = [*read_before(folder, format), *_weights(folder, format)]
     for file in files:
         os.replace(temporary / file, folder / file)
     for path in stale:
@@ -174,7 +174,7 @@ def _put_in_place(temporary: Path, folder: Path, files: list[str], format: str) 
             path.unlink()
 
 
-def _read_before(folder: Path, format: str) -> list[Path]:
+def read_before(folder: Path, format: str) -> list[Path]:
     """Weights in a folder, of other formats, that `load_params` would read rather than those of this one."""
     folder, formats = folder.expanduser(), list(WEIGHTS_NAMES)
     earlier = formats[: formats.index(format)] if folder.is_dir() else []

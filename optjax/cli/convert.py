@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optjax.checkpoints.hub import resolve_source
     from optjax.checkpoints.lazy import lazy_params
     from optjax.checkpoints.progress import progress_bar
-    from optjax.checkpoints.save import parse_size, save_over
+    from optjax.checkpoints.save import parse_size, read_before, save_over
 
     parse_size(arguments.max_shard_size)
     path = resolve_source(arguments.source, revision=arguments.revision)
@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.source} is quantized to {opened.quantization.kind}, which --format {arguments.format} cannot "
             "hold; leave --format out, or convert the model that it was made from"
         )
+    if replaces and dest.samefile(opened.found.folder) and (others := read_before(dest, arguments.format)):
+        raise UsageError(f"{dest} is the source, and would lose {others[0].name} for the result; name another folder")
     files = _tokenizer_files(path, arguments, replaces)
     show = sys.stderr.isatty() and not arguments.quiet
     with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show) as advance:

@@ -21,11 +21,15 @@ def usable_streams() -> Iterator[None]:
     given = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         sys.stdout, sys.stderr = (nowhere if stream is None else stream for stream in given)
-        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-            sys.stdout.reconfigure(errors="replace")
+        out = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None
+        errors = None if out is None else out.errors
+        if out is not None and errors in ("strict", "surrogateescape"):
+            out.reconfigure(errors="replace")
         try:
             yield
         finally:
+            if out is not None and not out.closed:
+                out.reconfigure(errors=errors)
             sys.stdout, sys.stderr = given
 
 
