@@ -78,6 +78,8 @@ def test_flags_beat_what_a_run_has_saved(tmp_path):
     assert over(first, tmp_path, "--warmup-tokens", "1e9").warmup == -(-1_000_000_000 // 2**19)
     args = over(first, tmp_path, "--tokens", "1e9")
     assert (args.steps, args.warmup) == (-(-1_000_000_000 // 2**19), 190)
+    args = over(first, tmp_path, "--batch-size", str(2 * first.batch_size))
+    assert (args.steps, args.batch_size) == (-(-first.steps // 2), 2 * first.batch_size)
     # What was given stays, unless it is what a flag says in another way.
     given = resolved("--config", "opt-125m", "--tokens", "1e8", "--warmup", "50", "--lr", "0.5")
     args = over(given, tmp_path, "--steps", "100")
@@ -211,6 +213,11 @@ def test_validation_is_in_the_tokens_of_the_data(tmp_path, monkeypatch, capsys):
     assert "silent beside it does not say" in refused("--data", "silent", "--validation", "more.txt")
     said = refused("--data", "data", "--validation", "other")
     assert "data and other were packed with different tokenizers: tokenizer_sha256" in said
+    nameless = {"tokenizer": None}
+    for folder, changes in (("one", nameless), ("two", nameless | {"tokenizer_sha256": "0"})):
+        shutil.copytree("data", folder)
+        Path(folder, "about.json").write_text(json.dumps(about | changes))
+    assert "one and two were packed with different tokenizers" in refused("--data", "one", "--validation", "two")
     # Of one name it is the same, written by another version of the library.
     assert pretrain.main([*words, "--data", "data", "--validation", "newer", "--run", "again"]) == 0
 

@@ -56,6 +56,7 @@ def test_what_was_resolved_is_taken_again(file, tmp_path):
         ("a.toml", "[recipe]\nlr = 1", "one level"),
         ("a.toml", "steps = 'many'", "invalid int value: 'many'"),
         ("gone.toml", None, "no settings file"),
+        ("a.json", '{"filled": true}', "filled should be a list of settings' names, not True"),
     ],
 )
 def test_a_wrong_file_is_a_clear_error(tmp_path, capsys, name, text, message):

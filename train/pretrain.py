@@ -69,7 +69,11 @@ WARMUP_FRACTION = 0.1
 # Two flags for one thing.
 PAIRS = (("steps", "tokens"), ("warmup", "warmup_tokens"))
 # What follows from a flag where nobody gives it; from a preset, all.
-FOLLOWS = {"config": {"length", "run"}, "steps": {"warmup"}, "tokens": {"warmup"}}
+FOLLOWS = {
+    "config": {"length", "run"},
+    **dict.fromkeys(("steps", "tokens"), {"warmup"}),
+    **dict.fromkeys(("batch_size", "length"), {"steps", "warmup"}),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

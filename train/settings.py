@@ -47,6 +47,9 @@ def parse(
         return parser.parse_args(argv)
     try:
         found = read_settings(named)
+        listed = found.get(FILLED, [])
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise ValueError(f"{named}: {FILLED} should be a list of settings' names, not {listed!r}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     # Asked of the parser itself: parsing would first complain of what is missing.

@@ -252,8 +252,8 @@ def check_tokenizers(abouts: Mapping[Path, dict[str, Any]]) -> None:
     Raises:
       ValueError: they were not.
     """
-    one_name = len({about.get("tokenizer") for about in abouts.values()}) == 1
-    for name in ("vocab_size", "eos_token_id", *(() if one_name else ("tokenizer_sha256",))):
+    names = {about.get("tokenizer") or folder for folder, about in abouts.items()}
+    for name in ("vocab_size", "eos_token_id", *(("tokenizer_sha256",) if len(names) > 1 else ())):
         known = [(about[name], folder) for folder, about in abouts.items() if about.get(name) is not None]
         for value, folder in known[1:]:
             if value != known[0][0]:
