@@ -109,10 +109,15 @@ def as_head_mask(head_mask: Any, config: OPTConfig) -> jax.Array | np.ndarray:
     return np.broadcast_to(np.asarray(array), full) if is_concrete(array) else jnp.broadcast_to(array, full)
 
 
+def check_not_donated(cache: Cache, what: str = "the cache") -> None:
+    """ValueError where a cache was given away."""
+    if not isinstance(cache.index, Tracer) and isinstance(cache.index, jax.Array) and cache.index.is_deleted():
+        raise ValueError(f"{what} was donated to an earlier call; go on with the cache that came back from it")
+
+
 def check_cache(config: OPTConfig, cache: Cache) -> None:
     """ValueError where a cache is of a model of another shape, or was given away."""
-    if not isinstance(cache.index, Tracer) and isinstance(cache.index, jax.Array) and cache.index.is_deleted():
-        raise ValueError("the cache was donated to an earlier call; go on with the one that came back from it")
+    check_not_donated(cache)
     if not fits(config, cache):
         raise ValueError(
             f"the cache is of a model of another shape: {len(cache.keys)} layers of {cache.keys[0].shape}, and this "

@@ -294,8 +294,12 @@ def test_ends_that_are_named_twice_count_once():
 def test_a_cache_that_was_given_away(params):
     _, cache = optjax.prefill(params, IDS, max_length=12)
     optjax.decode_step(params, [1, 2], cache)
-    refuse(lambda: optjax.decode_step(params, [1, 2], cache), "donated to an earlier call", "the one that came back")
-    refuse(lambda: optjax.prefill(params, IDS, cache=cache), "donated to an earlier call")
+    refuse(lambda: optjax.decode_step(params, [1, 2], cache), "donated to an earlier call", "the cache that came back")
+    for mask in (None, np.ones_like(IDS)):
+        refuse(lambda mask=mask: optjax.prefill(params, IDS, mask, cache=cache), "donated to an earlier call")
+    prefix = optjax.read_prefix(params, IDS[:1])
+    optjax.decode_step(params, [1], prefix.cache)
+    refuse(lambda: optjax.generate(params, IDS, max_new_tokens=2, prefix=prefix), "the prefix's cache was donated")
 
 
 def test_decode_step(params):

@@ -63,6 +63,8 @@ def prefill(
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(f"cache should come from prefill or init_cache, got {type(cache).__name__}")
     mask = None if attention_mask is None else as_mask(attention_mask, ids.shape)
+    if cache is not None:
+        check_cache(params.config, cache)
     check_rows_not_empty(mask, cache)
     if (cache is None) == (max_length is None):
         raise ValueError("give either max_length, for a new cache, or cache")

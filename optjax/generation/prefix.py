@@ -21,6 +21,7 @@ from optjax.placed import constrain
 from optjax.validate import (
     as_ids,
     as_mask,
+    check_not_donated,
     check_params,
     check_positions,
     check_range,
@@ -108,6 +109,7 @@ def check_prefix(params: Params, prefix: Any, rows: int) -> np.ndarray:
     if not isinstance(prefix, Prefix):
         raise ValueError(f"prefix should come from read_prefix, got {type(prefix).__name__}")
     config, cache = params.config, prefix.cache
+    check_not_donated(cache, "the prefix's cache")
     if not fits(config, cache) or prefix.hidden.shape[-1] != config.embed_dim:
         raise ValueError("the prefix was read by a model of another shape; read it with these params")
     check_range(prefix.ids, 0, config.vocab_size, "the prefix's ids", "the vocabulary")
