@@ -296,6 +296,22 @@ def test_the_best_checkpoint_may_be_of_an_earlier_step_after_a_rollback(tmp_path
     assert [path.name for path in (tmp_path / "best").iterdir() if path.name.isdecimal()] == [str(seen[4][1])]
 
 
+def test_where_the_best_checkpoint_had_to_make_way_and_the_next_fails_another_is_kept(tmp_path, monkeypatch):
+    """The best one of step 12 goes for one of step 9, after a rollback, for which the disk has no room."""
+    scores = iter([5.0, 4.0, 3.0, 2.0, 1.0, 2.5, 9.0, 9.0, 9.0])
+    save = Checkpoints.save
+
+    def no_room(self, state, loader=None, loop=None):
+        if loop and loop.get("loss") == 1.0:
+            raise OSError("no space left")
+        return save(self, state, loader, loop)
+
+    monkeypatch.setattr(Checkpoints, "save", no_room)
+    job = make_job(PLANTED, evaluate=lambda state: {"loss": next(scores)}, better=("loss", "min"))
+    run(job, tmp_path, options(total_steps=20, eval_every=3))
+    assert restore_best(tmp_path, job.target).loop == {"step": 12, "loss": 2.5}
+
+
 def test_processes_that_agreed_to_stop_do_not_forget_it(monkeypatch):
     """The service says so at one step, which may be one that is rolled back."""
     asked = []

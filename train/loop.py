@@ -173,7 +173,7 @@ class _Loop:
                     best.replace(self.state, {}, {"step": self.done, **found})
                 self.best = found[name]
             except Exception as error:
-                if not any(path.name.isdecimal() for path in (self.folder / "best").iterdir()):
+                if not any(path.name.isdecimal() for path in self.folder.glob("best/*")):
                     self.best = None  # what was best had to make way, and the next one is
                 self.save_failed(error, raises=False)
 
