@@ -143,7 +143,10 @@ def fits(config: OPTConfig, cache: Cache) -> bool:
     def one(buffer: Buffer) -> bool:
         return buffer.shape[-len(row) :] == row and (not isinstance(buffer, Codes) or buffer.scales.shape[-2:] == heads)
 
-    return len(cache.keys) == config.num_hidden_layers and all(map(one, (*cache.keys, *cache.values)))
+    # All layers have one shape; a loop of decode_step asks at every token.
+    return (
+        len(cache.keys) == len(cache.values) == config.num_hidden_layers and one(cache.keys[0]) and one(cache.values[0])
+    )
 
 
 def own_cache(params: Params, batch_size: int, max_length: int, dtype: Any = None) -> Cache:

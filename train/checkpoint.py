@@ -26,13 +26,13 @@ from jax.experimental import multihost_utils
 from optjax.config import OPTConfig
 from optjax.params import Params, unstack_layers
 
+from .barrier import together
 from .interrupt import STOPPED
+from .sizes import compare_sizes, write_sizes
 from .state import abstract_state
 
-SIZES = "sizes.json"
 # Seconds that a process which cannot read a checkpoint waits for the others to say so too, and one which can.
 PATIENCE, LONGEST = 60.0, 3600.0
-_READ = itertools.count()  # the same on every process: they all read the same checkpoints in turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Checkpoints:
         saving, self._unsized = self._unsized, None
         self._manager.wait_until_finished()
         if saving is not None:
-            _write_sizes(self._path / str(saving))
+            write_sizes(self._path / str(saving))
         return saving is not None
 
     def sweep(self) -> None:
@@ -184,7 +184,7 @@ class Checkpoints:
         self._manager.delete(step)
 
     def _read(self, step: int, target: Any) -> tuple[str, Restored | None]:
-        wrong = _compare_sizes(self._path / str(step))
+        wrong = compare_sizes(self._path / str(step))
         if wrong:
             return wrong, None
         args = ocp.args.Composite(
@@ -199,7 +199,7 @@ class Checkpoints:
             # What jax and the system raise may be the memory's, the network's or another process's fault.
             damaged = not isinstance(error, jax.errors.JaxRuntimeError | OSError | MemoryError)
         if jax.process_count() > 1:
-            if not _all_have_read(PATIENCE if wrong else LONGEST):
+            if not _all_have_read(step, PATIENCE if wrong else LONGEST):
                 self._give_up(step, wrong or "another process has not", damaged)
             if not multihost_utils.process_allgather(np.array(not wrong)).all():
                 return wrong or "another process cannot read it", None
@@ -225,10 +225,10 @@ class Checkpoints:
         (self._path / str(step)).rename(target)
 
     def _set_aside(self, step: int) -> None:
-        _together(f"checkpoint {step} is damaged")
+        together(f"checkpoint {step} is damaged")
         if jax.process_index() == 0:
             self._move(step)
-        _together(f"checkpoint {step} is set aside")
+        together(f"checkpoint {step} is set aside")
         self._manager.reload()
 
 
@@ -245,52 +245,13 @@ class _Regular:
         return [step in kept for step in steps]
 
 
-def _write_sizes(folder: Path) -> None:
-    """Notes the size of every file of a finished checkpoint, so that one that is cut short or missing is seen."""
-    if jax.process_index() == 0 and folder.is_dir():
-        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        partial = folder / (SIZES + ".partial")
-        partial.write_text(json.dumps(sizes))
-        partial.rename(folder / SIZES)
-
-
-def _compare_sizes(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, as the first process sees them; empty if nothing is. One that was
-    finished a moment before its run was killed has no list of sizes, and is taken as it is."""
-    wrong = ""
-    if jax.process_index() == 0 and (folder / SIZES).is_file():
-        try:
-            sizes = json.loads((folder / SIZES).read_text())
-        except ValueError:
-            sizes = {}
-        for name, size in sizes.items():
-            path = folder / name
-            if not path.is_file():
-                wrong = f"{name} is missing"
-            elif path.stat().st_size != size:
-                wrong = f"{name} has {path.stat().st_size} bytes of {size}"
-            if wrong:
-                break
-    if jax.process_count() > 1:
-        text = np.frombuffer(wrong.encode()[:200].ljust(200), np.uint8)
-        wrong = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).decode(errors="ignore").strip()
-    return wrong
-
-
-def _all_have_read(seconds: float) -> bool:
-    """Whether every process has come out of reading a checkpoint, with or without it, within that time. Asked where no
-    process has to be at the devices: one that failed has left the others waiting there."""
+def _all_have_read(step: int, seconds: float) -> bool:
+    """Whether every process has come out of reading a checkpoint, with or without it, within that time."""
     try:
-        barrier = ocp.multihost.get_barrier_sync_fn()
-        barrier(key=f"a checkpoint is read, {next(_READ)}", timeout_ms=int(1000 * seconds))
-    except Exception:  # what jax raises is a RuntimeError of several kinds
+        together(f"the checkpoint of step {step} is read", seconds)
+    except jax.errors.JaxRuntimeError:
         return False
     return True
-
-
-def _together(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def restore_best(folder: str | Path, target: Any) -> Restored | None:
@@ -311,13 +272,13 @@ def remember_run(folder: str | Path, about: dict[str, Any]) -> None:
     about = json.loads(json.dumps(about))
     before = json.loads(path.read_text()) if path.is_file() else None
     # All look before the first writes, and none goes on before it has: else some would see a file that others did not.
-    _together("all have looked for run.json")
+    together("all have looked for run.json")
     if before is None and jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(about, indent=2) + "\n")
         partial.rename(path)
-    _together("run.json is there")
+    together("run.json is there")
     if before is not None and before != about:
         differ = [k for k in sorted(before.keys() | about.keys()) if before.get(k) != about.get(k)]
         changes = "; ".join(f"{k} was {before.get(k)!r}, is {about.get(k)!r}" for k in differ)

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
+from .barrier import together
 from .data.store import ABOUT, read_about
 
 # Packs text where no tokenizer is named.
 OPT = "facebook/opt-125m"
-# Seconds that other processes wait for the one that packs: a week.
-LONGEST_PACKING = 7 * 24 * 3600
 
 
 def parse_source(text: str) -> tuple[str, float]:
@@ -70,7 +68,7 @@ def packed(
                 if not _is_packed(ready[i][0]):
                     _pack(found[i][0], tokenizer or OPT, ready[i][0], text_field, quiet)
         finally:  # the others are not left waiting where it fails
-            _together(f"{', '.join(str(ready[i][0]) for i in todo)} packed")
+            together(f"{', '.join(str(ready[i][0]) for i in todo)} packed")
         for i in todo:
             if not _is_packed(ready[i][0]):
                 raise ValueError(f"the first process has not packed {found[i][0]} into {ready[i][0]}; it says why")
@@ -97,12 +95,6 @@ def tokenizer_of(sources: Sequence[tuple[Path, float]], named: str | None, *, qu
             why = (str(error).splitlines() or [""])[0]
             print(f"no sample texts, and no tokenizer with --export: {why} (--tokenizer names one)", file=sys.stderr)
         return None
-
-
-def _together(what: str) -> None:
-    """Waits for all processes; not by a collective, for which on CPU half a minute is the most."""
-    if jax.process_count() > 1:
-        ocp.multihost.get_barrier_sync_fn()(key=what, timeout_ms=LONGEST_PACKING * 1000)
 
 
 def _is_packed(path: Path) -> bool:
