@@ -22,7 +22,7 @@ from optjax.kernels.choice import attention_kind, told
 from optjax.model import Inputs, decoder
 from optjax.params import Params
 from optjax.placed import constrain
-from optjax.validate import as_ids, check_params, is_concrete
+from optjax.validate import as_count, as_ids, check_params, is_concrete
 
 # Columns whose logits exist at a time: those of a whole text would take more memory than a small model. Buckets are
 # multiples of it.
@@ -90,8 +90,8 @@ def score(
     config = check_params(params, ("causal_lm",)).config
     if not is_concrete(params, prompts, continuations):
         raise ValueError("score works on lists of ids on the host and cannot run inside jit; use causal_lm there")
-    top = _count("top_logprobs", top_logprobs, 0, config.vocab_size)
-    batch_size = _count("batch_size", batch_size, 1)
+    top = as_count("top_logprobs", top_logprobs, 0, config.vocab_size)
+    batch_size = as_count("batch_size", batch_size, 1)
     rows = [_as_row(row, config.vocab_size, f"prompts[{i}]", continuations is not None) for i, row in _listed(prompts)]
     begins = [0] * len(rows)
     if continuations is not None:
@@ -228,11 +228,3 @@ def _as_row(row: Any, vocab_size: int, name: str, may_be_empty: bool = False) ->
             return np.zeros(0, np.int32)
         raise ValueError(f"{name} is empty: there is nothing to score")
     return np.asarray(as_ids(np.asarray(row)[None], vocab_size, name))[0]
-
-
-def _count(name: str, value: Any, low: int, high: int | None = None) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} should be an integer {limit}, not {value!r}")
-    return int(value)

@@ -88,6 +88,15 @@ def check_range(array: Any, low: int, high: int, name: str, what: str, allowed: 
         raise ValueError(f"{name}{list(where)} is {host[where]}, outside {what}: {low} to {high - 1}{also}")
 
 
+def as_count(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A whole number within limits, as an int."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} should be an integer {limit}, not {value!r}")
+    return int(value)
+
+
 def as_mask(mask: Any, shape: tuple[int, int], name: str = "attention_mask") -> jax.Array | np.ndarray:
     """A mask as bool ``[B, T]``; bool or int given, nonzero is True."""
     array = as_array(mask, name)

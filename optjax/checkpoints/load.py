@@ -15,13 +15,13 @@ from optjax.checkpoints.hub import resolve_source
 from optjax.checkpoints.layer_files import layer_files, stays_in_files
 from optjax.checkpoints.open import Opened, open_checkpoint
 from optjax.checkpoints.place import placer, stack
-from optjax.checkpoints.progress import progress_bar
 from optjax.checkpoints.quantized import read_quantized
 from optjax.config import OPTConfig
 from optjax.declaration import Weight, declare
 from optjax.offloading import HostMemory, as_offload
 from optjax.params import FLOATS, Params, as_key, as_placement, build_params, init_weight
 from optjax.placed import platform
+from optjax.progress import progress_bar
 from optjax.quantization.quantize import Quantization, as_quantization, check_placement, quantize_weight
 
 if TYPE_CHECKING:

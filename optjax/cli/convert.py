@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from optjax.checkpoints.hub import resolve_source
     from optjax.checkpoints.lazy import lazy_params
-    from optjax.checkpoints.progress import progress_bar
     from optjax.checkpoints.save import parse_size, read_before, save_over
+    from optjax.progress import progress_bar
 
     parse_size(arguments.max_shard_size)
     path = resolve_source(arguments.source, revision=arguments.revision)

@@ -11,7 +11,7 @@ LONG = 1_000_000_000
 
 @contextmanager
 def progress_bar(total: int, description: str, show: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of bytes done. `x."""
+    """Gives a function to call with the number of bytes done. ``show`` None: as the module says."""
     if show is None:
         show = total > LONG and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     if not show:
