@@ -16,6 +16,7 @@ from optjax.lora.parts import Adapters
 from optjax.model import forward
 from optjax.offloading import offload
 from optjax.params import Params, abstract_params, init_params, stack_layers, unstack_layers
+from optjax.quantization.calibrate import gptq
 from optjax.quantization.quantize import Quantization, dequantize, quantize
 from optjax.quantization.weight import QuantizedWeight
 from optjax.scoring import Score, score
@@ -43,6 +44,7 @@ __all__ = [
     "dequantize",
     "forward",
     "generate",
+    "gptq",
     "init_adapters",
     "init_cache",
     "init_params",

@@ -18,6 +18,7 @@ from optjax.declaration import logical_axes
 from optjax.kernels.flash import Decode, Flash
 from optjax.lora.weight import AdaptedWeight, with_dropout
 from optjax.placed import Resident, cast, constrain, constrain_both, gather, platform
+from optjax.quantization.observed import Observed
 from optjax.quantization.product import FEW_ROWS, product
 from optjax.quantization.weight import QuantizedWeight
 
@@ -108,11 +109,12 @@ def _as_used(config: OPTConfig, placement: Any, weights: dict[str, Any], dtype: 
         return weights
 
     def used(weight: Any) -> Any:
-        if isinstance(weight, AdaptedWeight):
+        if isinstance(weight, AdaptedWeight | Observed):
             return weight.map(used)
         return weight if isinstance(weight, QuantizedWeight) or weight.ndim < 2 else _name(cast(weight, dtype))
 
-    weights = jax.tree.map(used, weights, is_leaf=lambda w: isinstance(w, QuantizedWeight | AdaptedWeight))
+    special = QuantizedWeight | AdaptedWeight | Observed
+    weights = jax.tree.map(used, weights, is_leaf=lambda weight: isinstance(weight, special))
     return jax.tree.map(_name, gather(placement, weights, logical_axes(config)["layers"], stay))
 
 
@@ -181,6 +183,9 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
     """``x Wᵀ + b``, with W ``[out, in]``, quantized or not, in ``dtype``: that of x by default."""
     dtype, on = x.dtype if dtype is None else dtype, platform(placement)
     weight, bias = weights["weight"], weights.get("bias")
+    if isinstance(weight, Observed):
+        weight.see(x)
+        return linear(x, {"weight": weight.weight, "bias": bias}, dtype, placement=placement)
     if isinstance(weight, Resident):
         inner = {"weight": weight.weight, "bias": bias}
         y = linear(placement.to_matrix(x, weight.axes), inner, dtype, placement=placement)

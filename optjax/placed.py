@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.lora.weight import AdaptedWeight, low_rank_axes
+from optjax.quantization.observed import Observed
 from optjax.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def gather(placement: Placement | None, weights: Any, axes: Any, stay: bool = Fa
         return weights
     if isinstance(weights, dict):
         return {name: gather(placement, weight, axes[name], stay) for name, weight in weights.items()}
+    if isinstance(weights, Observed):
+        return weights.map(lambda weight: gather(placement, weight, axes, stay))
     if stay and len(axes) == 2 and placement.stays(axes) and _may_stay(placement, weights):
         return Resident(weights, axes)
     if isinstance(weights, QuantizedWeight):

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optjax.cli import terminal
-from optjax.cli.arguments import DTYPES, add_adapter, add_quantize, add_revision, quantization
+from optjax.cli.arguments import DTYPES, add_adapter, add_quantize, add_revision, count, quantization
+from optjax.cli.calibration import LENGTH, WINDOWS
 from optjax.cli.terminal import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from optjax.checkpoints.open import Opened
     from optjax.config import OPTConfig
     from optjax.params import Params
@@ -31,6 +34,7 @@ which optjax loads: its codes, and a quantization_config in config.json).
 Read: safetensors and .bin, Flax .msgpack, TF .h5 (one file or many), metaseq .pt
 (consolidated, model-parallel parts, FSDP shards), Alpa's folder of arrays.
 Tensors pass through memory one at a time: a checkpoint may be larger than it.
+With --calibration the result stays in memory until it is written.
 """
 EXAMPLES = """\
 examples:
@@ -39,6 +43,7 @@ examples:
   optjax convert opt-13b opt-13b-bf16 --dtype bfloat16 --max-shard-size 2GB
   optjax convert opt-125m opt-125m-flax --format flax
   optjax convert opt-30b opt-30b-int8 --quantize int8
+  optjax convert opt-30b opt-30b-int4 --quantize int4 --calibration some_books.txt
   optjax convert opt-1.3b opt-1.3b-chat --adapter ./my-lora
 
 DEST appears when all of it is written; a failure leaves nothing behind.
@@ -53,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("safetensors", "flax"), default="safetensors", help="to write (default: safetensors)")
     add("--dtype", choices=DTYPES, help="cast the weights (default: as they are)")
     add_quantize(add)
+    text = (
+        "text files of the kind that the model will read: --quantize then goes by what they bring (GPTQ), which in 4 "
+        "bits halves the error; it takes longer, and memory for the result and a layer"
+    )
+    add("--calibration", nargs="+", type=Path, metavar="FILE", help=text)
+    text = f"windows of up to {LENGTH} tokens that are taken evenly from the texts (default: {WINDOWS})"
+    add("--calibration-windows", type=count, metavar="N", help=text)
     add_adapter(add, "a LoRA adapter to merge into the weights: a folder of PEFT's, or a hub id")
     add("--head", choices=HEADS, help="the head to keep, base for none (default: the checkpoint's)")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file, such as 500MB (default: 5GB)")
@@ -70,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     if dest.exists() and not dest.is_dir():
         raise UsageError(f"{dest} is a file; a checkpoint is written to a folder")
     wanted = quantization(arguments)
+    if arguments.calibration is None and arguments.calibration_windows is not None:
+        raise UsageError("--calibration-windows is for --calibration")
+    if arguments.calibration is not None and wanted is None:
+        raise UsageError("--calibration is for --quantize int4, nf4 or int8")
     if arguments.format != "safetensors" and wanted is not None:
         raise UsageError(f"--format {arguments.format} cannot hold quantized weights; leave --format or --quantize out")
     replaces = dest.exists() and any(dest.iterdir())
@@ -92,10 +108,15 @@ def run(arguments: argparse.Namespace) -> int:
     if replaces and dest.samefile(opened.found.folder) and (others := read_before(dest, arguments.format)):
         raise UsageError(f"{dest} is the source, and would lose {others[0].name} for the result; name another folder")
     files = _tokenizer_files(path, arguments, replaces)
+    ids = None if arguments.calibration is None else _calibration(opened, files, arguments)
     show = sys.stderr.isatty() and not arguments.quiet
-    with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show) as advance:
+    with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show and ids is None) as advance:
         params = lazy_params(opened, arguments.dtype, advance, wanted)
         _check_space(params, dest)
+        if ids is not None and wanted is not None:
+            from optjax.quantization.calibrate import gptq
+
+            params = gptq(lazy_params(opened, arguments.dtype, advance), ids, wanted, progress=show)
         options = {"format": arguments.format, "max_shard_size": arguments.max_shard_size}
         if replaces:
             save_over(params, dest, **options)
@@ -126,6 +147,18 @@ def _open(path: Path, arguments: argparse.Namespace) -> Opened:
         text = str(error).replace("pass key=jax.random.key(0) to create one", "choose another --head")
         text = text.replace("pass config=, an OPTConfig or the name of a preset such as", "pass --config, such as")
         raise type(error)(text) from error
+
+
+def _calibration(opened: Opened, tokenizer: list[Path], arguments: argparse.Namespace) -> np.ndarray:
+    """The ids ``[N, T]`` that quantization goes by."""
+    from optjax.cli.calibration import read_texts, windows
+    from optjax.tokenizer import Tokenizer
+
+    texts = read_texts(arguments.calibration)
+    if not tokenizer:
+        raise UsageError("--calibration takes a tokenizer, and none is with the checkpoint; name one with --tokenizer")
+    wanted = arguments.calibration_windows or WINDOWS
+    return windows(Tokenizer.load(tokenizer[0].parent), texts, opened.config.max_position_embeddings, wanted)
 
 
 def _config(name: str | None) -> OPTConfig | str | None:

@@ -30,11 +30,42 @@ NF4 = (
 )  # fmt: skip
 
 
-def encode_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``[…, out, in]`` as int8 of the same shape, and scales ``[…, out]`` in float32."""
+def scales_of(weight: jax.Array, kind: str, group_size: int) -> jax.Array:
+    """The scales with which all of a matrix ``[…, out, in]`` is in range: ``[…, out]``, or ``[…, G, out]`` of groups.
+
+    Those of groups are in bfloat16: rounded first, so that codes are the best there are for them.
+    """
     weight = weight.astype(jnp.float32)
-    scales = jnp.abs(weight).max(-1) / 127
-    return jnp.round(weight * _inverse(scales)[..., None]).astype(jnp.int8), scales
+    if kind == "int8":
+        return jnp.abs(weight).max(-1) / 127
+    weight = _in_groups(weight, group_size)
+    low, high = weight.min(-2), weight.max(-2)
+    # The sign of a scale of int4 is such that the largest magnitude comes out at -8.
+    scales = jnp.where(high > -low, -high, -low) / 8 if kind == "int4" else jnp.maximum(high, -low)
+    return scales.astype(jnp.bfloat16)
+
+
+def nearest(steps: jax.Array, kind: str) -> jax.Array:
+    """The codes nearest to numbers that are divided by their scales already, in int8; beyond the range its ends."""
+    if kind == "nf4":
+        codes = jnp.zeros(steps.shape, jnp.int8)
+        for a, b in zip(NF4, NF4[1:], strict=False):
+            codes += steps > (a + b) / 2
+        return codes
+    low, high = (-127, 127) if kind == "int8" else (-8, 7)
+    return jnp.clip(jnp.round(steps), low, high).astype(jnp.int8)
+
+
+def levels(codes: jax.Array, kind: str) -> jax.Array:
+    """What codes stand for, before scaling, in float32."""
+    return _nf4(codes.astype(jnp.int32)) if kind == "nf4" else codes.astype(jnp.float32)
+
+
+def encode_int8(weight: jax.Array, scales: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """``[…, out, in]`` as int8 of the same shape, and scales ``[…, out]`` in float32: those given, or its own."""
+    weight = weight.astype(jnp.float32)
+    scales = scales_of(weight, "int8", 0) if scales is None else scales
+    return nearest(weight * inverse(scales)[..., None], "int8"), scales
 
 
 def encode_table(weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -45,34 +76,32 @@ def encode_table(weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return *encode_int8(weight / columns), columns
 
 
-def encode_4bit(weight: jax.Array, kind: str, group_size: int, native: bool) -> tuple[jax.Array, jax.Array]:
+def encode_4bit(
+    weight: jax.Array, kind: str, group_size: int, native: bool, scales: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """``[…, out, in]`` as 4-bit codes ``[…, in / 2, out]``, or ``[…, in, out]`` for ``native`` int4, and scales.
 
-    Scales are ``[…, in / group_size, out]`` in bfloat16: rounded first, so that codes are the best there are for them.
-    A last group that is not full is filled up with zeros.
+    Scales are ``[…, in / group_size, out]`` in bfloat16, those given or its own. A last group that is not full is
+    filled up with zeros.
     """
-    *lead, out, n_in = weight.shape
-    groups = -(-n_in // group_size)
-    padded = [(0, 0)] * (len(lead) + 1) + [(0, groups * group_size - n_in)]
-    weight = jnp.pad(weight.astype(jnp.float32), padded).reshape(*lead, out, groups, group_size)
-    weight = jnp.moveaxis(weight, -3, -1)  # […, G, g, out]
-    low, high = weight.min(-2), weight.max(-2)
-    scales = jnp.where(high > -low, -high, -low) / 8 if kind == "int4" else jnp.maximum(high, -low)
-    scales = scales.astype(jnp.bfloat16)
-    weight = weight * _inverse(scales.astype(jnp.float32))[..., None, :]
-    if kind == "int4":
-        # The sign of a scale is such that the largest magnitude comes out at -8.
-        codes = jnp.clip(jnp.round(weight), -8, 7).astype(jnp.int8)
-    else:
-        codes = jnp.zeros(weight.shape, jnp.int8)
-        for a, b in zip(NF4, NF4[1:], strict=False):
-            codes += weight > (a + b) / 2
+    scales = scales_of(weight, kind, group_size) if scales is None else scales
+    weight = _in_groups(weight.astype(jnp.float32), group_size)
+    codes = nearest(weight * inverse(scales.astype(jnp.float32))[..., None, :], kind)
     if native and kind == "int4":
         codes = codes.astype(jnp.int4)
     else:
         first, second = codes[..., : group_size // 2, :], codes[..., group_size // 2 :, :]
         codes = (first & 15) | (second << 4)
+    *lead, _, _, out = codes.shape
     return codes.reshape(*lead, -1, out), scales
+
+
+def _in_groups(weight: jax.Array, group_size: int) -> jax.Array:
+    """``[…, out, in]`` as ``[…, G, g, out]``, the last group filled up with zeros."""
+    *lead, out, n_in = weight.shape
+    groups = -(-n_in // group_size)
+    padded = [(0, 0)] * (len(lead) + 1) + [(0, groups * group_size - n_in)]
+    return jnp.moveaxis(jnp.pad(weight, padded).reshape(*lead, out, groups, group_size), -3, -1)
 
 
 def decode_4bit(values: jax.Array, kind: str) -> list[jax.Array]:
@@ -95,7 +124,7 @@ def _nf4(codes: jax.Array) -> jax.Array:
     return levels[0]
 
 
-def _inverse(scales: jax.Array) -> jax.Array:
+def inverse(scales: jax.Array) -> jax.Array:
     """1 / scales; 0 where all is 0."""
     return jnp.where(scales == 0, 0.0, 1 / jnp.where(scales == 0, 1.0, scales))
 

@@ -96,6 +96,17 @@ def quantize(params: Params, quantization: str | Quantization = "int8") -> Param
     Raises:
       ValueError: no such quantization, params that are quantized already, or groups that do not divide over devices.
     """
+    made = check_quantizable(params, quantization)
+
+    def leaf(weight: Weight, layer: int | None) -> Any:
+        array = _get(params, weight, layer)
+        return quantize_weight(made, weight, array, params.placement, array.dtype)
+
+    return build_params(params.config, params.head, leaf, stacked=params.stacked, placement=params.placement)
+
+
+def check_quantizable(params: Any, quantization: Any) -> Quantization:
+    """The quantization that is meant, of params that may have it; or a ValueError, as of `quantize`."""
     made = as_quantization(quantization)
     if not isinstance(params, Params):
         raise ValueError(f"params should be what init_params or load_params return, not {type(params).__name__}")
@@ -105,12 +116,7 @@ def quantize(params: Params, quantization: str | Quantization = "int8") -> Param
         raise ValueError("these params are quantized already; dequantize them first, or load them anew")
     _check_not_offloaded(params)
     check_not_adapted(params, "are not quantized with them")
-
-    def leaf(weight: Weight, layer: int | None) -> Any:
-        array = _get(params, weight, layer)
-        return quantize_weight(made, weight, array, params.placement, array.dtype)
-
-    return build_params(params.config, params.head, leaf, stacked=params.stacked, placement=params.placement)
+    return made
 
 
 def dequantize(params: Params, dtype: Any = None) -> Params:
@@ -160,11 +166,16 @@ def quantization_of(params: Params) -> Quantization | None:
 
 
 def quantize_weight(
-    quantization: Quantization, weight: Weight, array: Any, placement: Placement | None, dtype: Any
+    quantization: Quantization,
+    weight: Weight,
+    array: Any,
+    placement: Placement | None,
+    dtype: Any,
+    scales: jax.Array | None = None,
 ) -> Any:
     """One weight as `Quantization.kind_of` has it, standing for ``dtype``: a `QuantizedWeight`, or the array itself.
 
-    ``array`` is ``[out, in]`` or stacked, in any floating dtype, or abstract.
+    ``array`` is ``[out, in]`` or stacked, in any floating dtype, or abstract; ``scales`` may be given, but for tables.
     """
     kind = quantization.kind_of(weight)
     if kind is None:
@@ -177,7 +188,7 @@ def quantize_weight(
     if placement is not None:
         shardings = shape.map_with_axes(lambda _, axes: placement.sharding(axes), _axes(weight, len(array.shape)))
     if not isinstance(array, jax.ShapeDtypeStruct):
-        return encode_placed(array, dtype=np.dtype(dtype), shardings=shardings, **how)
+        return encode_placed(array, scales, dtype=np.dtype(dtype), shardings=shardings, **how)
     if shardings is None:
         return shape
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shape, shardings)
@@ -207,10 +218,18 @@ def check_placement(
 
 @partial(jax.jit, static_argnames=("kind", "group_size", "dtype", "native", "table", "shardings"))
 def encode_placed(
-    array: jax.Array, *, kind: str, group_size: int, dtype: Any, native: bool, table: bool, shardings: Any = None
+    array: jax.Array,
+    scales: jax.Array | None = None,
+    *,
+    kind: str,
+    group_size: int,
+    dtype: Any,
+    native: bool,
+    table: bool,
+    shardings: Any = None,
 ) -> QuantizedWeight:
     """`encode` as one program, its result where ``shardings`` say."""
-    made = encode(array, kind, group_size, dtype, native=native, table=table)
+    made = encode(array, kind, group_size, dtype, native=native, table=table, scales=scales)
     return made if shardings is None else jax.lax.with_sharding_constraint(made, shardings)
 
 

@@ -112,19 +112,29 @@ class QuantizedWeight:
 
 
 def encode(
-    weight: jax.Array, kind: str, group_size: int, dtype: Any, *, native: bool, table: bool = False
+    weight: jax.Array,
+    kind: str,
+    group_size: int,
+    dtype: Any,
+    *,
+    native: bool,
+    table: bool = False,
+    scales: jax.Array | None = None,
 ) -> QuantizedWeight:
-    """A matrix ``[…, out, in]`` quantized; ``native`` chooses the storage of int4 (`codes`), ``table`` its scales."""
+    """A matrix ``[…, out, in]`` quantized, with the scales given or its own (`scales_of`).
+
+    ``native`` chooses the storage of int4 (`codes`), ``table`` scales of columns besides.
+    """
     n_in, column_scales = weight.shape[-1], None
     if table:
-        assert kind == "int8"
+        assert kind == "int8" and scales is None
         values, scales, column_scales = encode_table(weight)
         group_size = n_in
     elif kind == "int8":
-        values, scales = encode_int8(weight)
+        values, scales = encode_int8(weight, scales)
         group_size = n_in
     else:
-        values, scales = encode_4bit(weight, kind, group_size, native)
+        values, scales = encode_4bit(weight, kind, group_size, native, scales)
     return QuantizedWeight(values, scales, kind, n_in, group_size, jnp.dtype(dtype), column_scales)
 
 
