@@ -1,7 +1,7 @@
 """What quantization costs in exactness: logits and perplexity on text, beside the same model in float32.
 
     python -m bench.quantization                        # opt-mini on WikiText-2 and a novel: some minutes
-    python -m bench.quantization --model facebook/opt-125m --text my.txt --windows 32
+    python -m bench.quantization --model facebook/opt-125m --text my.txt --windows 32 --calibration other.txt
     python -m bench.quantization --save                 # also writes bench/results/quantization.md
 
 A text is cut into windows of the model's length (2048 tokens at most), each predicted from its own beginning; windows
@@ -9,6 +9,9 @@ are taken evenly over the text. Both models see the same windows, so that the ch
 of the keys and values: with an int8 cache every token is read by way of it, so that each attends to codes only. The
 largest error is that of any logit of any token, as a share of the largest logit; the mean one is the root of the mean
 square, as a share of the logits' standard deviation.
+
+Kinds with +gptq are rounded by what calibration texts bring (`optjax.gptq`): 128 windows of others than are measured.
+Without --calibration these are a novel by Dickens, one by Austen and the passages of LAMBADA.
 
 Without --text, the texts are read from ../shared/data, if they are there: WikiText-2's test set, and a novel of which
 opt-mini has read nothing (Galsworthy, The Man of Property).
@@ -30,8 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SAVED = ROOT / "bench" / "results" / "quantization.md"
 NOVEL = "Galsworthy_Man_1906"
+CALIBRATION = ("Dickens_Bleak_1853", "austen/emma")
+CALIBRATED = "+gptq"
 CACHE = "+cache"  # what is said of a kind whose keys and values are in 8 bits as well
-KINDS = ("float32+cache", "int8", "int8+cache", "int4", "int4:32", "nf4", "nf4:32")
+KINDS = (
+    *("float32+cache", "int8", "int8+cache", "int4", "int4:32", "nf4", "nf4:32"),
+    *("int8+gptq", "int4+gptq", "int4:32+gptq", "nf4+gptq", "nf4:32+gptq"),
+)
 COLUMNS = ("", "weights, MB", "largest error", "mean error", "same first choice", "perplexity", "change")
 
 
@@ -39,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="opt-mini")
     parser.add_argument("--text", nargs="+", type=Path, default=[])
-    text = "such as int8, int4, or int4:32 for groups of 32; int8+cache and float32+cache with an int8 cache"
+    parser.add_argument("--calibration", nargs="+", type=Path, default=[], help="texts for the kinds with +gptq")
+    text = "such as int8, int4, or int4:32 for groups of 32; +gptq by a calibration text; +cache with an int8 cache"
     parser.add_argument("--kinds", nargs="+", default=KINDS, help=text)
     parser.add_argument("--windows", type=int, default=64, help="of each text; 0 for all")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -49,7 +58,11 @@ def main() -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in args.text} or dict(shared_texts())
     if not texts:
         parser.error(f"no texts in {DATA}; name some with --text")
-    results = [result for name, text in texts.items() for result in compare(args, name, text)]
+    calibration = [path.read_text(encoding="utf-8") for path in args.calibration] or list(shared_calibration())
+    if not calibration and any(kind.endswith(CALIBRATED) for kind in args.kinds):
+        parser.error(f"no calibration texts in {DATA}; name some with --calibration, or leave kinds with +gptq out")
+    params, tokenizer, models = make_models(args, calibration)
+    results = [each for name in texts for each in compare(args, params, tokenizer, models, name, texts[name])]
     if args.json:
         args.json.write_text(json.dumps(results, indent=2))
     if args.save:
@@ -75,7 +88,49 @@ def shared_texts():
                     return
 
 
-def compare(args: argparse.Namespace, name: str, text: str) -> list[dict[str, Any]]:
+def shared_calibration():
+    """Texts to go by that are not among those measured, as far as they are here."""
+    if (DATA / "corpora.tar.xz").is_file():
+        with tarfile.open(DATA / "corpora.tar.xz") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if any(name in member.name for name in CALIBRATION) else None
+                if file is not None:
+                    yield file.read().decode("utf-8-sig").replace("\r\n", "\n")
+    if (DATA / "eval" / "lambada_test.jsonl").is_file():
+        lines = (DATA / "eval" / "lambada_test.jsonl").read_text(encoding="utf-8").splitlines()
+        yield "\n".join(json.loads(line)["text"] for line in lines)
+
+
+def make_models(args: argparse.Namespace, calibration: list[str]) -> tuple[Any, Any, dict[str, Any]]:
+    """The params in float32, the tokenizer, and the params of each kind."""
+    import optjax
+    from optjax.cli.calibration import WINDOWS, windows
+
+    params, tokenizer = optjax.load(args.model, "float32")
+
+    def made(kind: str):
+        name, size, calibrated = _parts(kind)
+        if name == "float32":
+            return params
+        how = optjax.Quantization(name, int(size)) if size else optjax.Quantization(name)
+        if not calibrated:
+            return optjax.quantize(params, how)
+        ids = windows(tokenizer, calibration, params.config.max_position_embeddings, WINDOWS)
+        return optjax.gptq(params, ids, how)
+
+    return params, tokenizer, {kind: made(kind) for kind in args.kinds}
+
+
+def _parts(kind: str) -> tuple[str, str, bool]:
+    """The name of a kind, its group size, and whether it is calibrated."""
+    kind = kind.removesuffix(CACHE)
+    name, _, size = kind.removesuffix(CALIBRATED).partition(":")
+    return name, size, kind.endswith(CALIBRATED)
+
+
+def compare(
+    args: argparse.Namespace, params: Any, tokenizer: Any, models: dict[str, Any], name: str, text: str
+) -> list[dict[str, Any]]:
     """The figures of each kind on a text; float32's own come first."""
     import jax
     import jax.numpy as jnp
@@ -83,7 +138,6 @@ def compare(args: argparse.Namespace, name: str, text: str) -> list[dict[str, An
 
     import optjax
 
-    params, tokenizer = optjax.load(args.model, "float32")
     length = min(params.config.max_position_embeddings, 2048)
     ids = np.asarray(tokenizer.encode(text), np.int32)
     ids = ids[: len(ids) // length * length].reshape(-1, length)
@@ -107,13 +161,6 @@ def compare(args: argparse.Namespace, name: str, text: str) -> list[dict[str, An
     def megabytes(params) -> float:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
 
-    def quantized(kind: str):
-        kind, _, size = kind.removesuffix(CACHE).partition(":")
-        if kind == "float32":
-            return params
-        return optjax.quantize(params, optjax.Quantization(kind, int(size)) if size else optjax.Quantization(kind))
-
-    models = {kind: quantized(kind) for kind in args.kinds}
     found: dict[str, list] = {kind: [] for kind in models}
     losses: dict[str, list[float]] = {kind: [] for kind in ("float32", *models)}
     for batch in batches:
@@ -154,8 +201,8 @@ def tables(results: list[dict[str, Any]]) -> str:
         if i == 0 or results[i - 1]["text"] != r["text"]:
             lines += ["", f"## {r['text']}, {r['tokens']:,} tokens", "", f"| {' | '.join(COLUMNS)} |"]
             lines += ["|-|" + "-:|" * (len(COLUMNS) - 1)]
-        kind, _, size = r["kind"].removesuffix(CACHE).partition(":")
-        name = f"{kind}, groups of {size}" if size else kind
+        kind, size, calibrated = _parts(r["kind"])
+        name = (f"{kind}, groups of {size}" if size else kind) + ", GPTQ" * calibrated
         cells = [name + ", int8 cache" * r["kind"].endswith(CACHE), f"{r['megabytes']:.2f}"]
         if "change" in r:
             cells += [f"{r[name]:.2%}" for name in ("largest_error", "mean_error", "same_first_choice")]

@@ -17,7 +17,6 @@ import optjax
 from optjax import Quantization
 from optjax.cli import main
 from optjax.cli.calibration import windows
-from optjax.quantization.calibrate import STAGES
 from optjax.quantization.codes import NF4, scales_of
 from optjax.quantization.gptq import compensate
 from optjax.quantization.weight import encode
@@ -97,6 +96,10 @@ def test_a_gram_matrix_that_rounding_spoils():
     weight = rng.standard_normal((6, 40)).astype(np.float32)
     found = rounded(weight, gram, "int4", 8)
     assert np.isfinite(found).all() and np.abs(found - weight).max() < 2
+
+
+# Matrices of one input.
+STAGES = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",))
 
 
 def torchs_matrices(model):
