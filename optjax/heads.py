@@ -263,8 +263,7 @@ def _question_answering(params, inputs: Inputs, spans, output_hidden_states, out
     loss = None
     if spans is not None:
         t = start.shape[1]
-        inside = [jnp.where((s >= 0) & (s < t), s, IGNORE_INDEX) for s in spans]
-        loss = (cross_entropy(start, inside[0]) + cross_entropy(end, inside[1])) / 2
+        loss = (cross_entropy(start, inside(spans[0], t)) + cross_entropy(end, inside(spans[1], t))) / 2
     return QuestionAnsweringOutput(start, end, loss, *_rest(out))
 
 
@@ -273,17 +272,26 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Where all are left out the loss and its gradient are 0 (transformers gives NaN).
     """
-    kept = jnp.asarray(labels) != IGNORE_INDEX
-    return negative_log_likelihood(logits, labels).sum() / jnp.maximum(kept.sum(), 1)
+    return negative_log_likelihood(logits, labels).sum() / jnp.maximum(counts(labels).sum(), 1)
 
 
 def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """In float32, of labels ``[…]`` under logits ``[…, V]``; 0 where a label is -100."""
-    labels = jnp.asarray(labels)
-    kept = labels != IGNORE_INDEX
+    labels, kept = jnp.asarray(labels), counts(labels)
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(kept, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+
+
+def counts(labels: Any) -> jax.Array:
+    """Which labels ``[…]`` a loss looks at: those that are not -100."""
+    return jnp.asarray(labels).astype(jnp.int32) != IGNORE_INDEX  # of 8 bits without a sign -100 is 156
+
+
+def inside(positions: Any, t: int) -> jax.Array:
+    """Positions ``[B]`` in int32; -100, which losses leave out, in place of those outside T tokens."""
+    positions = jnp.asarray(positions).astype(jnp.int32)  # T may be more than 8 bits hold
+    return jnp.where((positions >= 0) & (positions < t), positions, IGNORE_INDEX)
 
 
 def _as_labels(labels: Any, shape: tuple[int, int], vocab_size: int):

@@ -25,7 +25,7 @@ from optjax.offloading import bring
 from optjax.params import Params, as_key
 from optjax.placed import constrain, gather, tokens_travel
 from optjax.quantization.weight import QuantizedWeight
-from optjax.validate import as_array, as_head_mask, as_ids, as_mask, check_params, check_positions
+from optjax.validate import as_array, as_head_mask, as_ids, as_int32, as_mask, check_params, check_positions
 
 # Hugging Face's position table has two rows before that of position 0 (#20761). Masked slots are at position -1.
 POSITION_OFFSET = 2
@@ -150,7 +150,7 @@ def check_inputs(
         ids=ids,
         embeds=inputs_embeds,
         mask=mask,
-        position_ids=position_ids,
+        position_ids=None if position_ids is None else as_int32(position_ids),
         head_mask=None if head_mask is None else as_head_mask(head_mask, config),
         cache=cache,
         dropout_key=None if dropout_key is None else as_key(dropout_key),

@@ -52,7 +52,7 @@ def as_ids(ids: Any, vocab_size: int, name: str = "ids") -> jax.Array | np.ndarr
     if 0 in array.shape:
         raise ValueError(f"{name} is empty: shape {array.shape}")
     check_range(array, 0, vocab_size, name, "the vocabulary")
-    return _cast(array, np.int32)
+    return as_int32(array)
 
 
 def as_array(value: Any, name: str) -> jax.Array | np.ndarray:
@@ -65,6 +65,11 @@ def as_array(value: Any, name: str) -> jax.Array | np.ndarray:
     if array.dtype == object:
         raise ValueError(f"{name} is not an array of numbers, but {type(value).__name__}")
     return array
+
+
+def as_int32(array: Any) -> jax.Array | np.ndarray:
+    """Integers in 32 bits: in fewer a sum with an offset could wrap around."""
+    return _cast(array, np.int32)
 
 
 def _cast(array: Any, dtype: Any) -> Any:

@@ -85,6 +85,24 @@ def test_losses_and_gradients_of_heads(name, stacked):
     assert evaluate(params, [batch], LEVERS)["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_labels_of_8_bits():
+    """In which neither -100, nor the length of a row, nor the size of the vocabulary is a number."""
+    config = CONFIG.replace(vocab_size=300, max_position_embeddings=260, num_labels=200)
+    ids = rng.integers(3, 200, (2, 260))
+    for head, labels in {
+        "causal_lm": {"labels": np.where(ids == 9, 156, ids)},
+        "sequence_classification": {"labels": np.array([156, 3])},
+        "question_answering": {"start_positions": np.array([50, 7]), "end_positions": np.array([200, 9])},
+    }.items():
+        params = init_params(config, jax.random.key(0), head=head)
+        batches = ({"input_ids": ids} | {name: x.astype(dtype) for name, x in labels.items()} for dtype in "iB")
+        (loss, gradients), narrow = (
+            jax.jit(loss_and_gradients, static_argnums=3)(params, batch, None, StepOptions()) for batch in batches
+        )
+        assert narrow[0] == loss
+        jax.tree.map(np.testing.assert_array_equal, narrow[1], gradients)
+
+
 def test_a_classifier_learns():
     head, _, labels = HEADS["single label"]
     state = init_state(init_params(CONFIG, jax.random.key(0), head=head, stacked=True), LEVERS)

@@ -271,6 +271,34 @@ def test_what_may_be_given(params):
         assert out.last_hidden_state.shape == (2, 4, 8)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_integers_of_8_bits(dtype, array):
+    """They hold neither the length of a row, nor a position and what the table begins with, nor -100 without a sign."""
+    config = CONFIG.replace(vocab_size=200, max_position_embeddings=300, num_labels=200)
+    top = np.iinfo(dtype).max
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(2, 100, (2, 260)), np.array([156 if dtype == np.uint8 else 100, 7])
+    positions = np.broadcast_to(np.arange(260) % (top + 1), ids.shape)
+
+    def of(head, **arguments):
+        real = optjax.init_params(config, jax.random.key(0), head=head)
+        wide, narrow = (
+            FUNCTIONS[head](real, ids, **{name: as_(x) for name, x in arguments.items()})
+            for as_ in (np.asarray, lambda x: array(x.astype(dtype)))
+        )
+        return wide, narrow
+
+    for wide, narrow in (
+        of("sequence_classification", labels=labels),
+        of("question_answering", start_positions=np.array([50, 7]), end_positions=np.array([top, 9])),
+        of("causal_lm", labels=ids),
+    ):
+        assert narrow.loss == wide.loss
+    wide, narrow = of(None, position_ids=positions)
+    np.testing.assert_array_equal(narrow.last_hidden_state, wide.last_hidden_state)
+
+
 def test_longest_row_counts_real_tokens(params):
     """Padding takes no positions: 12 real tokens in 15 columns are as many as the table holds."""
     mask = np.ones((2, 15), int)

@@ -40,7 +40,7 @@ def summed_loss(params: Params, x: jax.Array, labels: jax.Array, scale: jax.Arra
         rows, vocab = rows / placement.shards("batch"), vocab / placement.shards("vocab")
     chunks = options.chunks_of_loss(length, 4 * rows * vocab, platform(placement))
     axes = logical_axes(config, params.head)[name]["weight"]
-    labels = constrain(placement, labels, "batch", "length")
+    labels = constrain(placement, labels.astype(jnp.int32), "batch", "length")
     table = params[name]["weight"]
     if isinstance(table, QuantizedWeight | AdaptedWeight):  # every chunk needs it whole
         table = table.dequantize(x.dtype) if isinstance(table, QuantizedWeight) else table.whole(x.dtype)

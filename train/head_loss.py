@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from optjax.heads import IGNORE_INDEX, head_logits, label_losses, last_token, negative_log_likelihood, problem_type_of
+from optjax.heads import counts, head_logits, inside, label_losses, last_token, negative_log_likelihood, problem_type_of
 from optjax.model import Inputs, finish
 from optjax.params import Params
 
@@ -20,7 +20,7 @@ def loss_counts(params: Params, batch: Batch) -> jax.Array:
     """How many losses the loss of a batch is a mean of: a float32 scalar; of starts and ends of answers ``[2]``."""
     if params.head == "question_answering":
         t = batch["input_ids"].shape[1]
-        return jnp.stack([_count(_inside(batch[name], t)) for name in SPANS])
+        return jnp.stack([_count(inside(batch[name], t)) for name in SPANS])
     labels = batch["labels"]
     if params.head == "sequence_classification" and problem_type_of(params.config, labels) != _SINGLE:
         return jnp.float32(labels.size)
@@ -50,7 +50,7 @@ def head_loss(params: Params, x: jax.Array, batch: Batch, scale: jax.Array, opti
         logits = head_logits(params, x, "qa_outputs")
         pairs = zip(jnp.moveaxis(logits, -1, 0), (batch[name] for name in SPANS), scale, strict=True)
         return sum(
-            (negative_log_likelihood(one, _inside(labels, x.shape[1])).sum() * share for one, labels, share in pairs),
+            (negative_log_likelihood(one, inside(labels, x.shape[1])).sum() * share for one, labels, share in pairs),
             jnp.zeros((), jnp.float32),
         )
     inputs = Inputs(ids=batch["input_ids"], mask=_real(batch))
@@ -65,9 +65,5 @@ def _real(batch: Batch) -> jax.Array | None:
     return None if mask is None else mask != 0
 
 
-def _inside(positions: jax.Array, t: int) -> jax.Array:
-    return jnp.where((positions >= 0) & (positions < t), positions, IGNORE_INDEX)
-
-
 def _count(labels: jax.Array) -> jax.Array:
-    return (labels != IGNORE_INDEX).sum().astype(jnp.float32)
+    return counts(labels).sum().astype(jnp.float32)
