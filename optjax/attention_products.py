@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from optjax.cache_codes import Buffer, Codes
+from optjax.params import wider
 
 # Numbers that are cast at a time on the CPU, a megabyte in float32; more where a single head has more.
 BLOCK = 1 << 18
@@ -53,7 +54,7 @@ def value_products(weights: jax.Array, v: Buffer, dtype: Any, on_cpu: bool = Fal
 
 def _alike(x: jax.Array, kept: jax.Array, widen: bool) -> tuple[jax.Array, jax.Array]:
     """Both in the dtype of x; or in the wider one: few queries are not worth a narrower copy of all that is kept."""
-    dtype = jnp.promote_types(x.dtype, kept.dtype) if widen else x.dtype
+    dtype = wider(x.dtype, kept.dtype) if widen else x.dtype
     return x.astype(dtype), kept.astype(dtype)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from optjax.cache_codes import Buffer, Codes, encode, map_buffer
 from optjax.config import OPTConfig
-from optjax.params import Params, floating_dtype
+from optjax.params import Params, floating_dtype, wider
 from optjax.placed import constrain, platform
 
 LAYOUTS = ("heads", "flat")
@@ -159,7 +159,7 @@ def fast_dtype(params: Params, dtype: Any) -> np.dtype:
     placement = params.placement
     alone_on_cpu = platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
     widen = alone_on_cpu and jnp.issubdtype(dtype, jnp.floating)
-    return jnp.promote_types(dtype, jnp.float32) if widen else jnp.dtype(dtype)
+    return wider(dtype, jnp.float32) if widen else jnp.dtype(dtype)
 
 
 def cache_axes(layout: str, batch_size: int) -> tuple[str | None, ...]:

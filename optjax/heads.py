@@ -272,7 +272,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Where all are left out the loss and its gradient are 0 (transformers gives NaN).
     """
-    return negative_log_likelihood(logits, labels).sum() / jnp.maximum(counts(labels).sum(), 1)
+    return negative_log_likelihood(logits, labels).sum() / jnp.maximum(counts(labels).sum(), 1).astype(jnp.float32)
 
 
 def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
 from optjax.kernels.flash import Decode, Flash
 from optjax.lora.weight import AdaptedWeight, with_dropout
+from optjax.params import wider
 from optjax.placed import Resident, cast, constrain, constrain_both, gather, platform
 from optjax.quantization.observed import Observed
 from optjax.quantization.product import FEW_ROWS, product
@@ -232,7 +233,7 @@ def _linear_on_cpu(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> j
 
     The result is float32. Asked for bfloat16, XLA would multiply by way of a float32 copy of W.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wider(x.dtype, jnp.float32)
     bias = None if bias is None else bias.astype(dtype)
     rows = math.prod(x.shape[:-1])
     if rows > FEW_ROWS:

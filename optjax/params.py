@@ -264,6 +264,12 @@ def floating_dtype(dtype: Any) -> np.dtype:
     return made
 
 
+def wider(a: Any, b: Any) -> np.dtype:
+    """The dtype that holds what two others do, also where ``jax_numpy_dtype_promotion`` forbids to go there unasked."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
 def as_key(key: Any) -> jax.Array:
     """A typed PRNG key, from one or from the older uint32 form.
 

@@ -1,4 +1,6 @@
-"""Every way of decoding gives the same ids on a mesh, in somebody's jit or shard_map and under x64; 16 bits will do."""
+"""Every way of decoding gives the same ids on a mesh, in somebody's jit or shard_map and under x64; 16 bits will do.
+
+None leaves a cast to jax."""
 
 from __future__ import annotations
 
@@ -37,12 +39,16 @@ needs = pytest.mark.parametrize("way", WAYS)
 
 
 def generate(way: str, params, mesh=None, prompts=(IDS, MASK)):
+    return np.asarray(traced(way, params, mesh, prompts))
+
+
+def traced(way: str, params, mesh=None, prompts=(IDS, MASK)):
     options = dict(WAYS[way], max_new_tokens=N)
     if options.get("do_sample"):
         options["key"] = jax.random.key(5)
     if "assistant_model" in options:
         options["assistant_model"] = optjax.init_params(SMALLER, jax.random.key(2), mesh=mesh)
-    return np.asarray(optjax.generate(params, *prompts, **options))
+    return optjax.generate(params, *prompts, **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,15 @@ def test_with_64_bits(alone, way):
     params = optjax.init_params(CONFIG, jax.random.key(1))
     with jax.enable_x64(True):
         np.testing.assert_array_equal(generate(way, params), alone[way])
+
+
+@needs
+def test_where_jax_promotes_no_dtype(way):
+    """Every cast is explicit."""
+    with jax.numpy_dtype_promotion("strict"):
+        params = optjax.quantize(optjax.init_params(CONFIG, jax.random.key(1), jnp.bfloat16), "int8")
+        made = jax.eval_shape(lambda params: traced(way, params), params)
+    assert made.shape == (ROWS * WAYS[way].get("num_return_sequences", 1), IDS.shape[1] + N)
 
 
 @needs

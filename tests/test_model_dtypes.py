@@ -154,3 +154,29 @@ def test_a_prefix_stays_in_its_dtype(dtype):
     (wide, ids), (narrow, same) = rest.values()
     np.testing.assert_array_equal(ids, same)
     assert np.abs(wide - narrow).max() < 0.02 * np.abs(wide).max()
+
+
+@pytest.mark.parametrize(
+    "kind, head, labels",
+    [
+        ("int8", "causal_lm", {"labels": IDS}),
+        ("nf4", "sequence_classification", {"labels": np.array([0, -100, 2])}),
+        (None, "question_answering", {"start_positions": np.array([0, 1, 9]), "end_positions": np.array([3, 1, 9])}),
+    ],
+)
+def test_where_jax_promotes_no_dtype(kind, head, labels):
+    """Every cast is explicit: in a head and its loss, over a cache of each dtype, beside adapters, backwards."""
+    lora = optjax.LoraConfig(r=2, target_modules=("q_proj", "fc2"), lora_dropout=0.1)
+
+    def loss(adapters, params, cache=None):
+        options = labels | {"attention_mask": MASK, "cache": cache, "dropout_key": jax.random.key(2)}
+        return getattr(optjax, head)(optjax.with_adapters(params, adapters), IDS, **options).loss
+
+    with jax.numpy_dtype_promotion("strict"):
+        params = optjax.init_params(CONFIG, jax.random.key(0), jnp.bfloat16, head)
+        params = params if kind is None else optjax.quantize(params, kind)
+        adapters = optjax.init_adapters(params, lora, jax.random.key(1))
+        assert jax.eval_shape(jax.grad(loss), adapters, params).count == adapters.count
+        for dtype in ("int8", "float32", "bfloat16"):
+            cache = optjax.init_cache(params, *IDS.shape, dtype)
+            assert jax.eval_shape(loss, adapters, params, cache).dtype == jnp.float32

@@ -103,6 +103,17 @@ def test_labels_of_8_bits():
         jax.tree.map(np.testing.assert_array_equal, narrow[1], gradients)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_a_step_where_jax_promotes_no_dtype(name):
+    """Every cast is explicit."""
+    head, changes, labels = HEADS[name]
+    options = dataclasses.replace(LEVERS, dtype="bfloat16", moments_dtype="bfloat16")
+    with jax.numpy_dtype_promotion("strict"):
+        state = init_state(init_params(CONFIG.replace(**changes), jax.random.key(0), head=head, stacked=True), options)
+        after, _ = jax.eval_shape(lambda state: train_step(state, TOKENS | labels, RECIPE, 0, options), state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
 def test_a_classifier_learns():
     head, _, labels = HEADS["single label"]
     state = init_state(init_params(CONFIG, jax.random.key(0), head=head, stacked=True), LEVERS)

@@ -120,7 +120,8 @@ def _chunk(used, x, labels, placement):
         else:
             picked = jnp.where(is_label, logits, 0.0).sum(-1)
         nll = jnp.where(kept, norm - picked, 0.0)
-        d_logits = jnp.where(kept[..., None], jnp.exp(logits - norm[..., None]) - is_label, 0.0)
+        d_logits = jnp.exp(logits - norm[..., None]) - is_label.astype(jnp.float32)
+        d_logits = jnp.where(kept[..., None], d_logits, 0.0)
         return nll, d_logits, x
 
 

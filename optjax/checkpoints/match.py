@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optjax.checkpoints.contents import Contents
@@ -17,7 +16,7 @@ from optjax.checkpoints.quantized import COLUMN_SCALE, SCALE, stored
 from optjax.checkpoints.tensors import TensorRef
 from optjax.config import OPTConfig
 from optjax.declaration import HEADS, Weight, declare
-from optjax.params import FLOATS
+from optjax.params import FLOATS, wider
 from optjax.quantization.quantize import Quantization
 
 _ARCHITECTURES = {
@@ -54,7 +53,7 @@ class Match:
     def dtype_of_layers(self, weight: Weight) -> np.dtype:
         """One that holds a weight of every layer exactly, as far as jax has their own."""
         own = {tensor.dtype for (path, _), tensor in self.tensors.items() if path == weight.path}
-        return reduce(jnp.promote_types, map(jax.dtypes.canonicalize_dtype, own))
+        return reduce(wider, map(jax.dtypes.canonicalize_dtype, own))
 
 
 def choose_head(config: OPTConfig, contents: Contents) -> str | None:

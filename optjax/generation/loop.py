@@ -120,7 +120,7 @@ def run_generate(
     # Whole on every device, so that every process can read them.
     made = jax.tree.map(lambda x: constrain(params.placement, x, *(None,) * x.ndim), made)
     # Contrastive search reads the last token, too.
-    return made, steps + (settings.contrastive is not None)
+    return made, steps + int(settings.contrastive is not None)
 
 
 def columns_for(settings: Settings, room: int) -> int:

@@ -20,7 +20,7 @@ def look_up(tokens: jax.Array, first: jax.Array, count: jax.Array, *, width: int
         # Whether the n tokens before a column are the row's last n.
         last = jnp.take_along_axis(tokens, jnp.maximum(count - n, 0)[:, None], axis=1)
         matched &= (jnp.roll(tokens, n, axis=1) == last) & (columns - n >= first[:, None])
-        longest += matched
+        longest += matched.astype(jnp.int32)
     known = (longest > 0) & (columns < count[:, None])
     best = jnp.argmax(jnp.where(known, longest * tokens.shape[1] + columns, -1), axis=1)
     period = jnp.maximum(count - best, 1)

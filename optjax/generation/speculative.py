@@ -263,7 +263,7 @@ def _keep(settings: Settings, max_new_tokens, state: Progress, history: History,
 
         _, (searches, found) = jax.lax.scan(search, stop, tokens.T)
         ends |= found.T
-    ended_before = jnp.cumsum(ends, axis=1) - ends > 0
+    ended_before = jnp.cumsum(ends, axis=1) > ends.astype(jnp.int32)
     kept = ~state.done[:, None] & (steps <= stand[:, None]) & ~ended_before
     count = kept.sum(1, dtype=jnp.int32)
     rows = jnp.arange(tokens.shape[0])

@@ -50,7 +50,7 @@ def nearest(steps: jax.Array, kind: str) -> jax.Array:
     if kind == "nf4":
         codes = jnp.zeros(steps.shape, jnp.int8)
         for a, b in zip(NF4, NF4[1:], strict=False):
-            codes += steps > (a + b) / 2
+            codes += (steps > (a + b) / 2).astype(jnp.int8)
         return codes
     low, high = (-127, 127) if kind == "int8" else (-8, 7)
     return jnp.clip(jnp.round(steps), low, high).astype(jnp.int8)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optjax.params import wider
 from optjax.quantization.codes import decode_4bit
 from optjax.quantization.int8_on_cpu import BLOCK, FEW_ROWS, int8_product, multiply_and_sum
 from optjax.quantization.weight import QuantizedWeight
@@ -33,11 +34,11 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
     and the codes is kept for it.
     """
     if weight.column_scales is not None:
-        scaled = x * weight.column_scales
+        scaled = x.astype(wider(x.dtype, jnp.float32)) * weight.column_scales
         x = scaled if on == "cpu" and not spread else scaled.astype(x.dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if on == "cpu" and not spread:
-        flat = flat.astype(jnp.promote_types(x.dtype, jnp.float32))
+        flat = flat.astype(wider(x.dtype, jnp.float32))
         if weight.kind == "int8":
             y = int8_product(flat, weight.values) * weight.scales
         else:
