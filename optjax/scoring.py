@@ -88,14 +88,15 @@ def score(
         as continuations do not come; all before anything is compiled. Inside ``jit``, where lists have no lengths yet.
     """
     config = check_params(params, ("causal_lm",)).config
-    if not is_concrete(params, prompts, continuations):
+    begun, ended = _listed(prompts), [] if continuations is None else _listed(continuations)
+    if not is_concrete(params, begun, ended):
         raise ValueError("score works on lists of ids on the host and cannot run inside jit; use causal_lm there")
     top = as_count("top_logprobs", top_logprobs, 0, config.vocab_size)
     batch_size = as_count("batch_size", batch_size, 1)
-    rows = [_as_row(row, config.vocab_size, f"prompts[{i}]", continuations is not None) for i, row in _listed(prompts)]
+    rows = [_as_row(row, config.vocab_size, f"prompts[{i}]", continuations is not None) for i, row in begun]
     begins = [0] * len(rows)
     if continuations is not None:
-        ends = [_as_row(row, config.vocab_size, f"continuations[{i}]") for i, row in _listed(continuations)]
+        ends = [_as_row(row, config.vocab_size, f"continuations[{i}]") for i, row in ended]
         if len(ends) != len(rows):
             raise ValueError(f"there are {len(rows)} prompts and {len(ends)} continuations; give one for each")
         begins = [len(row) for row in rows]

@@ -79,6 +79,15 @@ def test_continuations_as_torch(pair, texts):
         assert score.is_greedy == (log_p.argmax(1) == text[first:]).all()
 
 
+def test_rows_as_they_come(pair, texts):
+    """From iterators, which can be gone through once."""
+    _, params = pair
+    prompts, ends = [text[:1] for text in texts[:3]], [text[:4] for text in texts[3:6]]
+    expected = optjax.score(params, prompts, ends)
+    found = optjax.score(params, iter(prompts), (end for end in ends))  # pyright: ignore
+    assert [score.logprob for score in found] == [score.logprob for score in expected]
+
+
 def test_sums_to_one(pair):
     """All continuations of one token, whose probabilities are one together, and what sampling would give."""
     _, params = pair
