@@ -30,7 +30,7 @@ examples:
   optjax generate --prompt-lookup-num-tokens 8 --file chapters.txt
   optjax generate --guidance-scale 1.5 --negative-prompt "It was a merry day" "It was"
   optjax generate --model facebook/opt-30b --mesh tensor=8 "The sea"
-  optjax generate --stop "\\n\\n" "Question: why is the sea salt?\\nAnswer:"
+  optjax generate --stop "\\n\\n" $'Question: why is the sea salt?\\nAnswer:'
   optjax generate --model facebook/opt-6.7b --quantize int8 "The sea"
   optjax generate --model ./opt-66b --offload disk -n 20 "The sea"
   optjax generate --model facebook/opt-6.7b --quantize nf4 --adapter ./my-lora "The sea"
