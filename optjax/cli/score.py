@@ -59,7 +59,10 @@ def _add_perplexity(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--top-n", type=count, metavar="N", help="also the N most probable tokens in each one's place")
-    text = "a JSON object a line: prompt, text, logprob, perplexity, is_greedy, tokens, token_logprobs, top_logprobs"
+    text = (
+        "a JSON object a line: prompt, text, logprob, perplexity, is_greedy, ids, tokens, token_logprobs, "
+        "top_logprobs; one object with --perplexity"
+    )
     add("--jsonl", action="store_true", help=text)
     add("--batch-size", type=count, default=8, metavar="N", help="texts computed at once (default: 8)")
     add("-q", "--quiet", action="store_true", help="nothing on standard error but errors")
