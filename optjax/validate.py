@@ -45,14 +45,26 @@ def check_params(params: Any, heads: tuple[str | None, ...] | None = None) -> Pa
 def as_ids(ids: Any, vocab_size: int, name: str = "ids") -> jax.Array | np.ndarray:
     """Ids as an int32 array ``[B, T]``."""
     array = as_array(ids, name)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "US":
+        raise ValueError(f"{name} should be integers, got text; {name}, mask = tokenizer(texts) makes them")
     if array.ndim != 2:
-        raise ValueError(f"{name} should have shape [B, T], got {array.shape}; add a batch axis: {name}[None]")
+        raise ValueError(f"{name} should have shape [B, T], got {_instead(ids, array, name)}")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} should be integers, got {array.dtype}")
     if 0 in array.shape:
         raise ValueError(f"{name} is empty: shape {array.shape}")
     check_range(array, 0, vocab_size, name, "the vocabulary")
     return as_int32(array)
+
+
+def _instead(ids: Any, array: jax.Array | np.ndarray, name: str) -> str:
+    """What was given in place of ids, and what to do."""
+    if array.ndim == 1:
+        added = f"{name}[None]" if hasattr(ids, "ndim") else f"[{name}]"  # a list has no None to be indexed by
+        return f"{array.shape}; add a batch axis: {added}"
+    if isinstance(ids, tuple) and len(ids) == 2 and array.ndim == 3:
+        return f"a pair of {array.shape[1:]}; a tokenizer gives {name} and mask: pass each as its own argument"
+    return str(array.shape)
 
 
 def as_array(value: Any, name: str) -> jax.Array | np.ndarray:

@@ -175,15 +175,17 @@ def test_output_scores(params):
 
 
 INPUTS = [
-    (dict(ids=[5, 6]), "ids should have shape [B, T], got (2,)", "ids[None]"),
+    (dict(ids=np.array([5, 6])), "ids should have shape [B, T], got (2,)", "add a batch axis: ids[None]"),
+    (dict(ids=[5, 6]), "ids should have shape [B, T], got (2,)", "add a batch axis: [ids]"),
+    (dict(ids=(IDS, np.ones_like(IDS))), "got a pair of (2, 3)", "pass each as its own argument"),
     (dict(ids=np.zeros((0, 3), int)), "ids is empty"),
     (dict(ids=np.zeros((2, 0), int)), "ids is empty"),
     (dict(ids=[[1.0, 2.0]]), "ids should be integers, got float64"),
+    (dict(ids=KEY[None, None]), "ids should be integers, got key<fry>"),
     (dict(ids=[[1, 2], [3]]), "not a rectangular array", "pad the rows"),
     (dict(ids=[[1, 47]]), "ids[0, 1] is 47, outside the vocabulary: 0 to 46"),
     (dict(ids=[[-1, 4]]), "ids[0, 0] is -1"),
-    (dict(ids=["a text"]), "ids should have shape [B, T]"),
-    (dict(ids=[["a"]]), "ids should be integers"),
+    *[(dict(ids=x), "ids should be integers, got text", "tokenizer(texts)") for x in ("a text", ["a text"], [["a"]])],
     (dict(attention_mask=[[1, 1, 1]]), "attention_mask should have shape (2, 3)", "got (1, 3)"),
     (dict(attention_mask=np.ones((2, 3))), "attention_mask should be bool or int, got float64"),
     (dict(attention_mask=[[1, 1, 1], [0, 0, 0]]), "attention_mask is all 0 in row 1", "BOS"),

@@ -59,7 +59,7 @@ EVERYWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "three-dimensional ids": ({"ids": IDS[None]}, r"got \(1, 2, 4\)"),
     "float ids": ({"ids": IDS.astype(float)}, "ids should be integers, got float64"),
     "bool ids": ({"ids": IDS > 3}, "ids should be integers, got bool"),
-    "text": ({"ids": [["a", "b"]]}, "ids should be integers, got <U1"),
+    "text": ({"ids": [["a", "b"]]}, "ids should be integers, got text"),
     "ragged ids": ({"ids": [[1, 2], [3]]}, "ids is not a rectangular array: .*pad the rows to one length"),
     "an object": ({"ids": [[object()]]}, "ids is not an array of numbers"),
     "no ids": ({"ids": np.zeros((2, 0), int)}, r"ids is empty: shape \(2, 0\)"),
