@@ -41,6 +41,8 @@ OPTIONS = [
     # unknown
     (dict(temprature=1.0), "unknown option 'temprature'", "did you mean 'temperature'?"),
     (dict(num_beam=4), "unknown option 'num_beam'", "did you mean 'num_beams'?"),
+    (dict(max_length=20), "unknown option 'max_length' (say max_new_tokens, which does not count the prompt)"),
+    (dict(prng_key=KEY), "unknown option 'prng_key' (say key)"),
     (dict(temprature=1, top_p=7), "'temprature'", "top_p should be above 0 and at most 1, not 7"),
     # numbers
     *[

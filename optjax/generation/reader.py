@@ -171,6 +171,21 @@ def _hashable(value: Any) -> bool:
     return True
 
 
+# What transformers' `generate` takes besides, and what stands for it here.
+_ELSEWHERE = {
+    "max_length": "say max_new_tokens, which does not count the prompt",
+    "prng_key": "say key",
+    "seed": "say key=jax.random.key(seed)",
+    "generation_config": "give its fields as options",
+    "streamer": "see optjax.stream",
+    "stopping_criteria": "see stop_strings, or optjax.stream, whose loop is yours to leave",
+    "past_key_values": "see prefix",
+    "use_cache": "it always is",
+}
+
+
 def _unknown(name: str, known: Collection[str]) -> str:
+    if name in _ELSEWHERE:
+        return f"unknown option {name!r} ({_ELSEWHERE[name]})"
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
