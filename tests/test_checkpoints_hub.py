@@ -189,14 +189,16 @@ def test_revisions_and_tokens(hub):
         {"source": "org/model", "revision": "v9"},
         {"source": "org/unknown"},
         {"source": "just-a-name"},
+        {"source": "OPT-125m"},
     )
     for (_, path), seed in zip(results[:3], (1, 2, 3), strict=True):
         assert_same(load_params(path), make_state(PRE_NORM, seed=seed))
-    gated, revision, unknown, name = results[3:]
+    gated, revision, unknown, name, size = results[3:]
     assert gated[0] == "ValueError" and "pass token=" in gated[1]
     assert revision == ["FileNotFoundError", "'org/model' is on the hub, but has no revision 'v9'"]
     assert unknown[0] == "FileNotFoundError" and "no such model on the hub" in unknown[1]
-    assert name[0] == "FileNotFoundError" and "'just-a-name'" in name[1]
+    assert name[0] == "FileNotFoundError" and "'just-a-name'" in name[1] and "facebook" not in name[1]
+    assert size[0] == "FileNotFoundError" and "(the weights of opt-125m are 'facebook/opt-125m')" in size[1]
 
 
 def test_an_interrupted_download_resumes(hub):
@@ -221,9 +223,11 @@ def test_without_network(hub, tmp_path):
     here = resolve({"source": "org/model"})[0]
     asked = len(handler.log)
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        again, missing = resolve({"source": "org/model"}, {"source": "org/other"}, **environment)
+        calls = {"source": "org/model"}, {"source": "org/other"}, {"source": "galactica-1.3b"}
+        again, missing, size = resolve(*calls, **environment)
         assert again == here
         assert missing[0] == "FileNotFoundError" and "'org/other' cannot be reached" in missing[1]
+        assert "(the weights of galactica-1.3b are 'facebook/galactica-1.3b')" in size[1]
     assert len(handler.log) == asked
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from optjax.checkpoints.errors import shorten
+from optjax.presets import PRESETS
 
 PACKAGED = ("opt-mini",)
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -89,7 +90,7 @@ def _download(repo: str, revision: str | None, token: str | bool | None, weights
         raise ValueError(f"access to {where} is restricted: ask for it on its page, then pass token=") from None
     except RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"no file or folder {repo!r} here, and no such model on the hub (a private one needs token=)"
+            f"no file or folder {repo!r} here{_meant(repo)}, and no such model on the hub (a private one needs token=)"
         ) from None
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{repo!r} is on the hub, but has no revision {revision!r}") from None
@@ -109,8 +110,15 @@ def _download(repo: str, revision: str | None, token: str | bool | None, weights
             return folder
         except (LocalEntryNotFoundError, NoCheckpointError):
             raise FileNotFoundError(
-                f"no file or folder {repo!r} here; on the hub {where} cannot be reached: {shorten(str(error))}"
+                f"no file or folder {repo!r} here{_meant(repo)}; on the hub {where} cannot be reached: "
+                f"{shorten(str(error))}"
             ) from error
+
+
+def _meant(repo: str) -> str:
+    """A published size is named without its owner elsewhere. The largest is not on the hub."""
+    name = repo.lower()
+    return f" (the weights of {name} are 'facebook/{name}')" if name in PRESETS and name != "opt-175b" else ""
 
 
 class NoCheckpointError(FileNotFoundError):
