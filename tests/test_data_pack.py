@@ -260,6 +260,14 @@ def test_wrong_columns_folders_and_names_say_so(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bar_is_for_a_terminal(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text(some_text(0, 50))
+    for shown in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
+        run(tmp_path / str(shown), tmp_path / "a.txt", more=("--workers", "1", "--no-quiet"))
+        assert ("packing" in capsys.readouterr().err) == shown
+
+
 def test_another_text_in_the_folder_is_refused(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("It was raining. " * 9)
     run(tmp_path / "out", tmp_path / "a.txt")
