@@ -192,7 +192,7 @@ def test_a_rollback_passes_over_a_damaged_checkpoint(tmp_path):
 
 
 @dropped_reads
-def test_who_only_reads_leaves_all_as_it_is(tmp_path):
+def test_who_only_reads_leaves_all_as_it_is(tmp_path, caplog):
     """A save under way and a damaged checkpoint: the run that the folder belongs to may be going on."""
     job = make_job()
     run(job, tmp_path, options(stop_at=8))
@@ -203,6 +203,7 @@ def test_who_only_reads_leaves_all_as_it_is(tmp_path):
     with Checkpoints(tmp_path, say=said.append, read_only=True) as checkpoints:
         assert int(checkpoints.restore(job.target).step) == 4
     assert "step 8 is damaged" in said[0] and saved(tmp_path) == [4, 8] and under_way.is_dir()
+    assert not [message for message in caplog.messages if "read" in message]
     with pytest.raises(FileNotFoundError, match="no checkpoint in"), Checkpoints(tmp_path / "no", read_only=True) as no:
         no.restore(job.target)
     assert not (tmp_path / "no").exists()

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,21 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+@contextlib.contextmanager
+def _no_word_of_reading() -> Iterator[None]:
+    """Without the warnings of orbax that a manager which is to read only reads only."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "read_only" not in (text := record.getMessage()) and "read only" not in text
+
+    log = logging.getLogger("absl")
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last one and closes them.
 
@@ -74,14 +90,15 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._path = self.folder / (name or "checkpoints")
         self.say, self._read_only = say, read_only
-        options = ocp.CheckpointManagerOptions(
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-            preservation_policy=_Regular(keep, every),
-            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name or None),
-        )
-        self._manager = _Manager(self._path, options=options)
+        with _no_word_of_reading():
+            options = ocp.CheckpointManagerOptions(
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+                preservation_policy=_Regular(keep, every),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name or None),
+            )
+            self._manager = _Manager(self._path, options=options)
         self._unsized: int | None = None
 
     def __enter__(self) -> Checkpoints:
