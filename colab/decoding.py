@@ -280,7 +280,7 @@ for answer, score in sorted(zip(answers, scores, strict=True), key=lambda pair: 
 # %% [markdown]
 # ## Where to go from here
 #
-# - `help(optjax.generate)` has every option, `optjax.stream` gives tokens as they come.
+# - `help(optjax.generation.Options)` has every option of `generate`, `optjax.stream` gives tokens as they come.
 # - In a shell: `optjax generate --num-beams 4`, or `--penalty-alpha 0.6`, `--assistant-model`, `--guidance-scale`.
 # - `optjax score --top-n 3 "A text"` prints these probabilities, and `optjax score --perplexity --file novel.txt` reads
 #   texts of any length.

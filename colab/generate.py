@@ -304,4 +304,4 @@ else:
 # - `optjax generate --help`, `optjax convert --help` and `optjax info` do this from a shell.
 # - `optjax.save_params(params, folder)` writes what transformers loads too.
 # - `optjax.prefill` and `optjax.decode_step` are for decoding loops of your own.
-# - `help(optjax.generate)` has every option.
+# - `help(optjax.generation.Options)` has every option of `generate`.

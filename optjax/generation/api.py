@@ -83,7 +83,7 @@ def generate(
       max_new_tokens: N, at least 1; the loop ends early when every row has ended.
       key: PRNG key; needed when ``do_sample``. A row's draws depend on its index, not on the other rows.
       return_dict_in_generate: return a `GenerateOutput`.
-      **options: see `Options`.
+      **options: those of `optjax.generation.Options`.
 
     Returns:
       ``[B · num_return_sequences, T + N]`` int32: ids as given, then the new tokens, pad after the end of a row.

@@ -51,7 +51,7 @@ def prefill(
       cache: or a cache to go on with, which is donated: a prompt may be read in chunks. Rows padded on the left may
         then have none but padding in the first chunks; their logits say nothing yet.
       prefix: from `read_prefix`; the new cache begins with its columns, which come on top of max_length.
-      cache_dtype: of a new cache; see `Options`.
+      cache_dtype: of a new cache; see `optjax.generation.Options`.
       prefill_chunk_size: read so many columns at a time at most, in one program.
       attn_implementation: ``"eager"``, ``"flash"`` or ``"auto"``, as of `forward`.
 

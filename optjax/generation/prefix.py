@@ -74,7 +74,7 @@ def read_prefix(
       params: with the ``causal_lm`` head.
       ids: ``[b, P]``, padded anywhere; with the BOS, which the prompts then do without.
       attention_mask: ``[b, P]`` bool or int; all ones by default.
-      cache_dtype, prefill_chunk_size: see `Options`.
+      cache_dtype, prefill_chunk_size: see `optjax.generation.Options`.
 
     Raises:
       ValueError: ids or mask that do not fit, more tokens than max_position_embeddings.
