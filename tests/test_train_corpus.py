@@ -98,6 +98,8 @@ def test_the_held_out_novel_and_its_author_are_not_trained_on(tmp_path, monkeypa
     given = ["corpus", "--corpus", str(tmp_path / "corpora.tar.xz"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", given)
     corpus.main()
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["train", "validation", "heldout"] and not said.err
     sources = {}
     for split in ("train", "validation", "heldout"):
         lines = (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()

@@ -10,6 +10,7 @@ other text by its author: his second novel in the archive, "Saint's Progress", i
 
 import argparse
 import json
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,11 +63,13 @@ def main() -> None:
     args = parser.parse_args()
     if not args.corpus.is_file():
         parser.error(f"{args.corpus} is not a file; expected the archive of books")
+    from rich.console import Console
     from rich.progress import track
 
     args.out.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "heldout": []}
-    for name, raw in track(list(books(args.corpus)), description="cleaning"):
+    bar = {"console": Console(stderr=True), "disable": not sys.stderr.isatty()}
+    for name, raw in track(list(books(args.corpus)), description="cleaning", **bar):
         splits[split_of(name)] += [(Path(name).stem, text) for text in cleaning.documents(raw)]
     for split, found in splits.items():
         if not found:

@@ -10,6 +10,7 @@ text gets, whatever the tokenizer.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -55,12 +56,13 @@ def total_nats(params: Params, tokens: np.ndarray, stride: int, batch_size: int 
             f"stride should be from 1 to {params.config.max_position_embeddings}, and tokens 2 or more, "
             f"not {stride} and {len(tokens)}"
         )
+    from rich.console import Console
     from rich.progress import track
 
     found = windows(len(tokens) - 1, window, stride)
     total = 0.0
     starts = range(0, len(found), batch_size)
-    for at in track(starts, description="reading", disable=not show):
+    for at in track(starts, description="reading", console=Console(stderr=True), disable=not show):
         batch = found[at : at + batch_size]
         batch += [(0, window)] * (batch_size - len(batch))  # counts nothing; one shape, one compiled program
         records = np.stack([tokens[s : s + window + 1] for s, _ in batch]).astype(np.int32)
@@ -90,7 +92,7 @@ def main() -> None:
         eos = tokenizer.eos_token_id
         packed, _ = encode_documents(texts, tokenizer.backend, eos)
         tokens = np.concatenate([[eos], packed])
-        nats = total_nats(params, tokens, args.stride, show=True)
+        nats = total_nats(params, tokens, args.stride, show=sys.stderr.isatty())
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     size = len(whole_text(texts))
