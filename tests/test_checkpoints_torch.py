@@ -199,6 +199,17 @@ def test_a_head_that_is_not_there(tmp_path, head, stacked):
     assert not np.array_equal(other[next(n for n in created if n.endswith("weight"))], weight)
 
 
+def test_the_head_is_that_of_the_folder_whatever_config_is_passed(tmp_path):
+    """A classifier's config may be that of the language model that it was made of."""
+    write_bin(prefixed(make_state(PRE_NORM), "decoder."), write_config(PRE_NORM, tmp_path / "a"))
+    made = optjax.load_params(tmp_path / "a", head="sequence_classification", key=jax.random.key(3))
+    assert "architectures" in made.config.to_dict()
+    optjax.save_params(made, tmp_path / "b")
+    assert load_params(tmp_path / "b", config=made.config).head == "sequence_classification"
+    (tmp_path / "b" / "config.json").unlink()
+    assert load_params(tmp_path / "b", config=made.config).head == "causal_lm"  # by the only config there is
+
+
 def test_a_head_that_is_there_but_not_wanted(tmp_path):
     state = make_state(PRE_NORM, "sequence_classification")
     write_safetensors(prefixed(state, "model.decoder."), write_config(PRE_NORM, tmp_path, "sequence_classification"))

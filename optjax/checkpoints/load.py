@@ -58,6 +58,7 @@ def load_params(
         default what ``architectures`` in config.json says, else the head that is in the files.
       mesh, rules: spread the weights over devices (see ``optjax.sharding``); each process reads what its devices hold.
       key: a jax PRNG key to create the head with where the checkpoint has none; without a key that is an error.
+        A classifier's has ``num_labels`` of the config: ``config=config.replace(num_labels=5)``.
       new_head: create it where the checkpoint has one too: a classifier's for other labels, or one for answers.
       stacked: layers stacked ``[L, …]``, for training.
       config: an `OPTConfig` or a preset's name, in place of config.json. Where there is neither, sizes come from the

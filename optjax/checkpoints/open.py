@@ -59,11 +59,21 @@ def open_checkpoint(
     found = find_checkpoint(path)
     contents = open_contents(found)
     config, quantization = _config(config, found.folder, contents)
-    head = choose_head(config, contents) if head is None else (None if head == "base" else head)
+    head = choose_head(_said_of_head(config, found.folder), contents) if head is None else head
+    head = None if head == "base" else head
     if new_head and head in (None, "causal_lm"):
         raise ValueError("new_head=True is for a classifier or for answers to questions; this is a language model")
     plan = match(contents, config, head, create_head=create_head, new_head=new_head, quantization=quantization)
     return Opened(found, config, head, plan, quantization)
+
+
+def _said_of_head(config: OPTConfig, folder: Path) -> OPTConfig:
+    """The config that says which head is in the folder: its own. Another, of the model that this one was made of, say,
+    is passed for the sizes."""
+    try:
+        return OPTConfig.from_json(folder)
+    except Exception:  # none is there, or one that a config is passed in place of
+        return config
 
 
 def _config(given: OPTConfig | str | None, folder: Path, contents: Contents) -> tuple[OPTConfig, Quantization | None]:
