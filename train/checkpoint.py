@@ -297,9 +297,18 @@ def remember_run(folder: str | Path, about: dict[str, Any]) -> None:
         partial.rename(path)
     together("run.json is there")
     if before is not None and before != about:
-        differ = [k for k in sorted(before.keys() | about.keys()) if before.get(k) != about.get(k)]
-        changes = "; ".join(f"{k} was {before.get(k)!r}, is {about.get(k)!r}" for k in differ)
+        changes = "; ".join(_changes(before, about))
         raise ValueError(f"{folder} holds another run ({changes}); take another folder, or the same options")
+
+
+def _changes(before: dict[str, Any], about: dict[str, Any], within: str = "") -> Iterator[str]:
+    """What differs, of a config the fields that do."""
+    for key in sorted(before.keys() | about.keys()):
+        old, new = before.get(key), about.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{within}{key}.")
+        elif old != new:
+            yield f"{within}{key} was {old!r}, is {new!r}"
 
 
 def load_run(folder: str | Path) -> Params:
