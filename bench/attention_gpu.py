@@ -30,6 +30,7 @@ from statistics import median
 import numpy as np
 
 from bench import gpu
+from bench.arguments import Parser
 from bench.attentions import JAX, NAMES, TORCH
 from bench.prepare import SIZES
 from bench.worker import Worker
@@ -79,9 +80,7 @@ def main() -> None:
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.attention_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("attention_gpu", __doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=list(SIZES), default=["350m", "2.7b"], help="the model whose heads they are")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8192, 16384])

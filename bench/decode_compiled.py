@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import compiled_report
+from bench.arguments import Parser
 from bench.compiled_worker import SIDES, SLICES, Case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,13 +56,10 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.decode_compiled",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("decode_compiled", __doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
-    parser.add_argument("--chips", nargs="+", choices=list(SLICES), default=[chip for chip in SLICES if _has(chip)])
+    own = [chip for chip in SLICES if _has(chip)]
+    parser.add_argument("--chips", nargs="+", choices=list(SLICES), default=own, help="whose compiler is installed")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048], help="columns of the cache")

@@ -42,6 +42,7 @@ from statistics import median
 from typing import Any
 
 from bench import report
+from bench.arguments import Parser
 from bench.prepare import SIZES
 from bench.worker import ROOT, Worker
 
@@ -110,15 +111,13 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.decode_cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("decode_cpu", __doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["125m", "350m"])
     parser.add_argument("--batches", nargs="+", type=int, help="by default 1 and 8; 1 with --guess")
     parser.add_argument("--sides", nargs="+", choices=list(NEEDS | INT8), help="by default all that do what is asked")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to make; at least 2")
-    parser.add_argument("--beams", type=int, default=1, help="of beam search (1: greedy)")
+    parser.add_argument("--beams", type=int, default=1, help="of beam search; 1 is greedy")
     parser.add_argument("--guess", choices=("none", "lookup", "assistant"), default="none", help="tokens ahead")
     parser.add_argument("--int8", action="store_true", help="weights in int8 as well")
     parser.add_argument("--in-turn", action="store_true", help="one side's process at a time")

@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any
 
 from bench import gpu
+from bench.arguments import Parser
 from bench.prepare import SIZES
 from bench.sides import GPU_SIDES
 from bench.worker import ROOT, Worker
@@ -96,9 +97,7 @@ def main() -> None:
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.decode_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("decode_gpu", __doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["350m", "2.7b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 1024, 1920], help="tokens of each prompt")

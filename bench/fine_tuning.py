@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from bench import report
+from bench.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -41,15 +42,15 @@ ANSWERS = "--epochs 4 --lr 5e-4 --batch-size 16 --max-length 384"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("fine_tuning", __doc__)
     parser.add_argument("what", nargs="+", choices=["polarity", "answers"])
     parser.add_argument("--data", type=Path, default=DATA, metavar="FOLDER")
     parser.add_argument("--model", default="opt-mini")
     parser.add_argument("--rows", type=int, help="of polarity, the first so many of the shuffled ones (all)")
     parser.add_argument("--flags", help="of the training, in place of the script's own")
     parser.add_argument("--out", type=Path, default=Path("build/fine_tuning"), help="runs and splits go here")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/fine_tuning.md")
     args = parser.parse_args()
     found = {what: {"polarity": polarity, "answers": answers}[what](args) for what in args.what}
     if args.json:

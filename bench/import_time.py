@@ -7,12 +7,13 @@ python -m bench.import_time [--rounds 11]
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+
+from bench.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
@@ -20,7 +21,7 @@ STATEMENTS = ("import jax", "import optjax", "import optjax; optjax.generate")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("import_time", __doc__)
     parser.add_argument("--rounds", type=int, default=11)
     rounds = parser.parse_args().rounds
     seconds: dict[str, list[float]] = {statement: [] for statement in STATEMENTS}

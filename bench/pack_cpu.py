@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.arguments import Parser
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -72,12 +74,12 @@ def waits(folder: Path, pause: float, batches: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("pack_cpu", __doc__)
     parser.add_argument("documents", type=Path, help=".jsonl, the text under text; 20 MB and more")
-    parser.add_argument("--tokenizer", default="opt-mini", help="folder, hub id or opt-mini (opt-mini)")
+    parser.add_argument("--tokenizer", default="opt-mini", help="folder, hub id or opt-mini")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--waits", action="store_true", help="the loader as well")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds of a step (0.05)")
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds of a step")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:

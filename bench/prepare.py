@@ -7,10 +7,11 @@ programs can be held to the same answers.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
+
+from bench.arguments import Parser
 
 SIZES = {
     "tiny": dict(
@@ -33,7 +34,7 @@ FORMATS = ("flax", "ctranslate2", "assistant")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("prepare", __doc__)
     parser.add_argument("size", choices=list(SIZES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("formats", nargs="*", metavar="FORMAT")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -44,7 +45,7 @@ COLUMNS = ("", "weights, MB", "largest error", "mean error", "same first choice"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("quantization", __doc__)
     parser.add_argument("--model", default="opt-mini")
     parser.add_argument("--text", nargs="+", type=Path, default=[])
     parser.add_argument("--calibration", nargs="+", type=Path, default=[], help="texts for the kinds with +gptq")
@@ -52,8 +53,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, help=text)
     parser.add_argument("--windows", type=int, default=64, help="of each text; 0 for all")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/quantization.md")
     args = parser.parse_args()
     texts = {path.name: path.read_text(encoding="utf-8") for path in args.text} or dict(shared_texts())
     if not texts:

@@ -8,15 +8,16 @@ rounds. The last column is the ratio by which ``(W xᵀ)ᵀ`` is faster than ``x
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
+
+from bench.arguments import Parser
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("small_products", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import Parser
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PLAIN = {"remat": "none", "query_block": 0, "loss_chunks": 1}
 FLASH = {"attn_implementation": "flash", "query_block": None}
@@ -51,11 +53,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.train_compiled",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train_compiled", __doc__)
     parser.add_argument("--sizes", nargs="+", default=["1.3b", "13b"])
     parser.add_argument("--topologies", nargs="+", default=["v5p:4x4x4", "h100:64"])
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.arguments import Parser
 from bench.report import machine
 from bench.worker import ROOT, Worker
 
@@ -44,9 +45,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.train_cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("train_cpu", __doc__)
     parser.add_argument("--sides", nargs="+", choices=list(NAMES), default=list(NAMES))
     for name, default in (("layers", 4), ("width", 256), ("heads", 4), ("vocab", 8192), ("length", 512), ("batch", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -54,8 +53,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="updates of a side in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stacked", action="store_true", help="optjax's layers in a scan, which compiles faster")
-    parser.add_argument("--save", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/train_cpu.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure")
     return parser.parse_args()
 
 

@@ -9,7 +9,6 @@ compiled step on a batch that is on the device already. The figure is the median
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -17,9 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.arguments import Parser
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("train_loop", __doc__)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--length", type=int, default=128)
