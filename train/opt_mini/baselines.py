@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of optjax.train.opt_mini.corpus")
     parser.add_argument("--orders", type=int, nargs="+", default=[4, 5], help="of the n-gram models (4 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in which xz reads the training documents")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which xz reads the training documents (0)")
     args = parser.parse_args()
     for name in ("train.jsonl", "heldout.jsonl"):
         if not (args.data / name).is_file():

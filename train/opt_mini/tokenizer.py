@@ -67,8 +67,12 @@ def main() -> None:
     )
     parser.add_argument("--documents", type=Path, required=True, help="train.jsonl of the corpus program")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="entries, the four special ones included")
-    parser.add_argument("--max-length", type=int, default=512, help="longest text of the model, in tokens")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, help="entries, the four special ones included (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=512, help="longest text of the model, in tokens (%(default)s)"
+    )
     args = parser.parse_args()
     if not args.documents.is_file():
         parser.error(f"{args.documents} is not there; make it with python -m optjax.train.opt_mini.corpus")
