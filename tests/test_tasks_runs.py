@@ -1,6 +1,8 @@
 """The fine-tuning scripts from file to finished model, which transformers and scikit-learn look at."""
 
 import json
+import re
+import sys
 
 import jax
 import numpy as np
@@ -135,6 +137,24 @@ def test_a_finished_classifier_says_the_same_again(single, tmp_path):
     assert classify.main([*predict, "--predictions", str(tmp_path / "said.csv")]) == 0
     again = [row.fields["prediction"] for row in read_rows(tmp_path / "said.csv")]
     assert again == [row["prediction"] for row in said]
+
+
+@pytest.mark.parametrize("script, model, what", [(classify, "single", "classifying"), (answer, "answering", "reading")])
+def test_who_watches_a_prediction_sees_how_far_it_is(request, tmp_path, monkeypatch, capsys, script, model, what):
+    asked = questions(tmp_path) if script is answer else tmp_path / "new.jsonl"
+    if script is classify:
+        write_rows(asked, ({"text": text} for text in ("a", "b", "c")))
+    finished = str(request.getfixturevalue(model) / "model")
+    for watched in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
+        more = LENGTHS if script is answer else []
+        out = ["--predict", str(asked), "--predictions", str(tmp_path / "said.jsonl")]
+        script.main(["--model", finished, *out, *map(str, more)])
+        said = capsys.readouterr().err
+        assert (what in said) == watched and "wrote" in said
+        if watched:
+            done, total = re.findall(r"(\d+)/(\d+)", said)[-1]
+            assert done == total != "0"
 
 
 def test_a_finished_run_is_not_exported_again(single, tmp_path, capsys):

@@ -31,6 +31,7 @@ from .tasks.split import hold_out
 from .tasks.squad import Question, read_squad
 from .tasks.table import write_rows
 from .tasks.training import Task, figures, first_process, say, script, train, write_json
+from .tasks.watch import bar
 
 HEAD = "question_answering"
 
@@ -136,7 +137,9 @@ def _predict(args: argparse.Namespace, params: Params, reader: Reader) -> None:
     path = flags.predictions_path(args)
     questions = read_squad(args.predict)
     none = has_unanswerable(questions) if args.unanswerable is None else args.unanswerable
-    found = reader.answers(params, questions, reader.windows(questions), none)
+    windows = reader.windows(questions)
+    with bar("reading", len(windows), args.quiet) as watch:
+        found = reader.answers(params, questions, windows, none, watch)
     _write(path, questions, found)
     said = f"; {figures(score(questions, found))}" if all(question.labelled for question in questions) else ""
     say(args, f"wrote {path}, {len(questions)} answers{said}")

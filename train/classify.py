@@ -35,6 +35,7 @@ from .tasks.source import labels_of, load_config, load_tokenizer, load_weights, 
 from .tasks.split import hold_out
 from .tasks.table import read_rows, write_rows
 from .tasks.training import Task, figures, first_process, say, script, train, write_json
+from .tasks.watch import bar
 
 HEAD = "sequence_classification"
 
@@ -126,7 +127,8 @@ def _predict(args: argparse.Namespace, params: Params, classifier: Classifier) -
     rows = read_rows(args.predict, args.text_column)
     labelled = classifier.labels.given(rows)
     rows, examples = classifier.read(rows, labelled)
-    logits = classifier.logits(params, examples)
+    with bar("classifying", len(examples), args.quiet) as watch:
+        logits = classifier.logits(params, examples, watch)
     if first_process():
         write_rows(path, classifier.records(rows, logits))
     said = f"; {figures(classifier.scores(logits, examples))}" if labelled else ""

@@ -41,6 +41,7 @@ from .tasks.source import load_config, load_tokenizer, load_weights, pad_id
 from .tasks.split import hold_out
 from .tasks.table import Row, read_rows, write_rows
 from .tasks.training import Task, figures, first_process, say, script, train, write_json
+from .tasks.watch import Watch, bar, nobody
 
 HEAD = "causal_lm"
 SAMPLES, PREDICTIONS = 3, 32
@@ -117,7 +118,7 @@ class _Reader:
         options = dataclasses.replace(step_options(self.args), micro_batches=1)
         return evaluate(params, arrays, self.collate, self.evaluation_batch, options)
 
-    def write(self, params: Params, prompts: Sequence[np.ndarray], batch_size: int) -> list[str]:
+    def write(self, params: Params, prompts: Sequence[np.ndarray], batch_size: int, watch: Watch = nobody) -> list[str]:
         return write(
             params,
             self.tokenizer,
@@ -127,6 +128,7 @@ class _Reader:
             temperature=self.args.temperature,
             top_p=self.args.top_p,
             seed=self.args.seed,
+            watch=watch,
         )
 
 
@@ -180,7 +182,8 @@ def _predict(args: argparse.Namespace, params: Params, reader: _Reader) -> None:
     path = flags.predictions_path(args)
     rows = read_rows(args.predict, [args.prompt_field])
     prompts = [np.array(reader.tokenizer.encode(row.text(args.prompt_field)), np.int32) for row in rows]
-    written = reader.write(params, prompts, reader.evaluation_batch)
+    with bar("writing", len(prompts), args.quiet) as watch:
+        written = reader.write(params, prompts, reader.evaluation_batch, watch)
     records = [dict(row.fields) | {"prediction": text} for row, text in zip(rows, written, strict=True)]
     if first_process():
         write_rows(path, records)

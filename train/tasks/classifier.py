@@ -19,6 +19,7 @@ from .labels import REGRESSION, SINGLE, Labels
 from .metrics import per_label, predictions, probabilities, scores
 from .table import Row
 from .texts import collate, encode_texts
+from .watch import Watch, nobody
 
 Example = dict[str, Any]
 
@@ -60,10 +61,10 @@ class Classifier:
         examples = [{"input_ids": ids[i]} | ({} if found is None else {"labels": found[i]}) for i in kept]
         return [rows[i] for i in kept], examples
 
-    def logits(self, params: Params, examples: Sequence[Example]) -> np.ndarray:
+    def logits(self, params: Params, examples: Sequence[Example], watch: Watch = nobody) -> np.ndarray:
         """``[N, num_labels]`` in float32."""
         ids = [{"input_ids": example["input_ids"]} for example in examples]
-        found = over_examples(_logits, params, ids, self.collate, self.batch_size)
+        found = over_examples(_logits, params, ids, self.collate, self.batch_size, watch)
         return np.stack([logits for (logits,) in found])
 
     def scores(self, logits: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:

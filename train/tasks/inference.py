@@ -13,6 +13,7 @@ from optjax.params import Params
 
 from ..data import open_examples
 from ..placing import place_batch, rows
+from .watch import Watch, nobody
 
 Example = dict[str, Any]
 Collate = Callable[[list[Example]], dict[str, np.ndarray]]
@@ -24,6 +25,7 @@ def over_examples(
     examples: Sequence[Example],
     collate: Collate,
     batch_size: int,
+    watch: Watch = nobody,
 ) -> list[tuple[np.ndarray, ...]]:
     """For each example its part of what the function gives, whose arrays have a leading axis B.
 
@@ -44,8 +46,9 @@ def over_examples(
         for batch in loader:
             arrays = [_fetch(array) for array in function(params, place_batch(batch, params, batch_size))]
             found += zip(*arrays, strict=True)
+            watch(min(len(found), len(examples)))  # the last batch is filled with copies
     in_order: list[Any] = [None] * len(examples)
-    for i, result in zip(order, found, strict=False):  # the last batch is filled with copies
+    for i, result in zip(order, found, strict=False):
         in_order[i] = result
     return in_order
 

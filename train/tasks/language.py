@@ -20,6 +20,7 @@ from ..options import StepOptions
 from ..placing import place_batch, rows
 from .causal import Example
 from .inference import Collate
+from .watch import Watch, nobody
 
 
 def evaluate(
@@ -65,6 +66,7 @@ def write(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    watch: Watch = nobody,
 ) -> list[str]:
     """What the model writes after each prompt, up to ``</s>``; the likeliest tokens where the temperature is 0.
 
@@ -92,4 +94,5 @@ def write(
         for i, row in zip(places, made[:, width:], strict=False):
             ends = np.flatnonzero(row == tokenizer.eos_token_id)
             texts[i] = tokenizer.decode(row[: ends[0]] if len(ends) else row)
+        watch(start + len(places))
     return texts

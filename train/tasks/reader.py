@@ -16,6 +16,7 @@ from .nbest import Answer, answers
 from .spans import Window, windows
 from .squad import Question, squad_scores
 from .texts import collate
+from .watch import Watch, nobody
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,16 @@ class Reader:
         return windows(questions, self.tokenizer, self.longest, self.doc_stride, self.max_question_length)
 
     def answers(
-        self, params: Params, questions: Sequence[Question], windows: Sequence[Window], with_null: bool
+        self,
+        params: Params,
+        questions: Sequence[Question],
+        windows: Sequence[Window],
+        with_null: bool,
+        watch: Watch = nobody,
     ) -> list[Answer]:
         """An answer to each question, by what the model gives to its windows."""
         examples: list[dict[str, Any]] = [{"input_ids": window.ids} for window in windows]
-        found = over_examples(_logits, params, examples, self.collate, self.batch_size)
+        found = over_examples(_logits, params, examples, self.collate, self.batch_size, watch)
         starts, ends = zip(*found, strict=True)
         return answers(
             questions,
