@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 import optjax
 from optjax.checkpoints import hub, save
@@ -141,11 +142,12 @@ def test_another_model_is_replaced_as_a_whole(run, source, params, tmp_path):
     status, _, err = run("convert", tmp_path / "other", dest, "--force", "--format", "flax")
     assert status == 0 and "what there is in DEST stays" in err and (dest / "added_tokens.json").exists()
     assert_same(optjax.load_params(dest), other)
-    for name in ("vocab.json", "merges.txt"):
+    another = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    for name in another:
         (tmp_path / "other" / name).write_bytes(b"another")
     assert run("convert", tmp_path / "other", dest, "--force")[0] == 0
     tokenizer = {path.name for path in dest.iterdir()} & {*TOKENIZER, "added_tokens.json", "special_tokens_map.json"}
-    assert tokenizer == {"vocab.json", "merges.txt"}
+    assert tokenizer == set(another)
     assert (dest / "vocab.json").read_bytes() == b"another"
     assert_same(optjax.load_params(dest), other)
 
@@ -182,6 +184,24 @@ def test_a_tokenizer_from_elsewhere(run, source, tmp_path):
     assert {name: (tmp_path / "with" / name).read_bytes() for name in TOKENIZER} == TOKENIZER
     status, _, err = run("convert", source, tmp_path / "other", "--tokenizer", source)
     assert status == 1 and "tokenizer.json" in err and not (tmp_path / "other").exists()
+
+
+def test_a_vocabulary_and_merges_alone_are_a_tokenizer_with_a_bos_to_transformers_too(run, source, tmp_path):
+    """As metaseq's and Alpa's users have them; transformers makes GPT-2's tokenizer of the two, without a BOS."""
+    for name in TOKENIZER:
+        (source / name).unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(hub.resolve_source("opt-mini") / name, tmp_path)
+    assert run("convert", source, tmp_path / "with", "--tokenizer", tmp_path)[0] == 0
+    ids = optjax.Tokenizer.load("opt-mini").encode("The old house")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "with")
+    assert theirs("The old house").input_ids == ids == optjax.Tokenizer.load(tmp_path / "with").encode("The old house")
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("</s>", "</s>", "<pad>")
+
+    (tmp_path / "merges.txt").write_text("")
+    status, _, err = run("convert", source, tmp_path / "with", "--tokenizer", tmp_path, "--force", "--dtype", "float16")
+    assert status == 1 and "merges.txt is damaged" in err
+    assert optjax.load_params(tmp_path / "with").dtype == np.float32
 
 
 # What a size or a checkpoint needs.

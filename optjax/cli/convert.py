@@ -7,8 +7,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{dest} is the source, and would lose {others[0].name} for the result; name another folder")
     files = _tokenizer_files(path, arguments, replaces)
     ids = None if arguments.calibration is None else _calibration(opened, files, arguments)
+    write_tokenizer = _tokenizer_writer(files)
     show = sys.stderr.isatty() and not arguments.quiet
     with progress_bar(opened.nbytes, f"converting {Path(arguments.source).name}", show and ids is None) as advance:
         params = lazy_params(opened, arguments.dtype, advance, wanted)
@@ -120,11 +122,11 @@ def run(arguments: argparse.Namespace) -> int:
         options = {"format": arguments.format, "max_shard_size": arguments.max_shard_size}
         if replaces:
             save_over(params, dest, **options)
-            _copy(files, dest)
+            write_tokenizer(dest)
         else:
             with _new_folder(dest) as staging:
                 save_over(params, staging, **options)
-                _copy(files, staging)
+                write_tokenizer(staging)
     if not arguments.quiet:
         made = wanted or opened.quantization
         _summarize(opened, files, dest, None if made is None else made.kind)
@@ -170,7 +172,7 @@ def _config(name: str | None) -> OPTConfig | str | None:
 
 
 def _tokenizer_files(path: Path, arguments: argparse.Namespace, replaces: bool) -> list[Path]:
-    """The files of the tokenizer, as they are; none where there is no tokenizer and none is asked for."""
+    """The files of the tokenizer; none where there is no tokenizer and none is asked for."""
     from optjax import tokenizer_files as names
 
     if arguments.tokenizer is not None:
@@ -221,6 +223,18 @@ def _check_space(params: Params, dest: Path) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise OSError(f"the result takes {size(needed)}, and where {dest} would be there are {size(free)} left")
+
+
+def _tokenizer_writer(files: list[Path]) -> Callable[[Path], None]:
+    """What writes the tokenizer of these files into a folder; damaged ones are seen before anything is written."""
+    from optjax import tokenizer_files as names
+
+    if not files or {file.name for file in files} & {names.FULL, names.SETTINGS}:
+        return partial(_copy, files)
+    # Of vocab.json and merges.txt alone transformers would make GPT-2's tokenizer, which puts no BOS before a text.
+    from optjax.tokenizer import Tokenizer
+
+    return Tokenizer.load(files[0].parent).save
 
 
 def _copy(files: list[Path], folder: Path) -> None:
