@@ -50,7 +50,8 @@ def read(folder: Path) -> dict[str, Any]:
     else:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
-            f"no tokenizer in {folder}: looked for {FULL}, or {VOCAB} with {MERGES}; found: {found or 'nothing'}"
+            f"no tokenizer in {folder}: looked for {FULL}, or {VOCAB} with {MERGES}; found: {found or 'nothing'}; "
+            "another source's may be named (--tokenizer, Tokenizer.load)"
         )
     return {"backend": backend, **names}
 

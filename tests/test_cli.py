@@ -297,7 +297,7 @@ def test_errors_are_one_line(run, model, tmp_path, words, stdin, status, said):
 def test_a_model_without_a_tokenizer(run, model, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((model / name).read_bytes())
-    check_error(run("generate", "the", "--model", tmp_path), 1, "no tokenizer", "tokenizer.json")
+    check_error(run("generate", "the", "--model", tmp_path), 1, "no tokenizer", "tokenizer.json", "--tokenizer")
     result = run("generate", "the", "--model", tmp_path, "--tokenizer", model, "--greedy", "-n", 5)
     assert result.out == "the" + expected_texts(model, ["the"], 5)[0] + "\n"
 

@@ -387,6 +387,7 @@ def test_no_answer_is_said_and_scored(answering, tmp_path, capsys):
         (classify, ["--max-length", "200"], "--max-length 200 should be at least 2 and at most max_position_emb"),
         (classify, ["--max-length", "3"], "the limit is 3: give --too-long cut"),
         (classify, ["--problem-type", "regression"], "'label' should be a number"),
+        (classify, ["--model", "DATA"], "has no config.json; optjax convert writes a model that has one"),
         (classify, ["--lora-alpha", "3"], "--lora-alpha needs --lora-r"),
         (classify, ["--predict", "nowhere.csv"], "no file nowhere.csv"),
         (classify, ["--batch-size", "9", "--micro-batches", "2"], "2 micro-batches"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,10 @@ def load_config(args: argparse.Namespace) -> OPTConfig:
     Raises:
       FileNotFoundError, ValueError: there is none.
     """
-    config = OPTConfig.from_json(Path(resolve_source(args.model, weights=False)))
+    folder = resolve_source(args.model, weights=False)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{args.model} has no config.json; optjax convert writes a model that has one")
+    config = OPTConfig.from_json(folder)
     return config if args.dropout is None else config.replace(dropout=args.dropout)
 
 
