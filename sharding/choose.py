@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from optjax.config import OPTConfig
 from optjax.declaration import count_params
+from optjax.sharding.fitting import MeshShape, misfit
 from optjax.sharding.mesh import parse_mesh
+from optjax.sharding.placement import Placement
+from optjax.sharding.rules import as_rules
 
 JOBS = ("train", "generate")
 
@@ -18,7 +23,8 @@ def choose_mesh(
     of one: every split of a layer costs traffic at every layer, and gathers of whole weights cost the same on any mesh.
     Generation spreads weights over ``tensor`` until they take half of the memory, and rows over ``data``: there each
     group of devices reads all weights again for its own rows. Where ``tensor`` cannot be wide enough for that, groups
-    share the weights over ``fsdp``, until they take two thirds.
+    share the weights over ``fsdp``, until they take two thirds. What does not divide over all devices is spread over as
+    many as it divides over, in copies over ``data``. Every weight divides, under the default rules.
 
     Args:
       devices: how many there are.
@@ -45,22 +51,25 @@ def choose_mesh(
         weights = 2 * count_params(config)  # bfloat16
         tensor = next((n for n in splits if 2 * weights <= n * memory), splits[-1])
         copies = devices // tensor
-        shares = [
-            n
-            for n in range(1, copies + 1)
-            if copies % n == 0 and config.hidden_size % (n * tensor) == 0 and config.embed_dim % n == 0
-        ] or [1]
+        shares = [n for n in _divisors(copies) if _fits(config, data=copies // n, fsdp=n, tensor=tensor)]
         fsdp = next((n for n in shares if 1.5 * weights <= n * tensor * memory), shares[-1])
         return parse_mesh({"data": copies // fsdp, "fsdp": fsdp, "tensor": tensor})
     # What a row of full length keeps for the backward pass: the input of each layer, in bfloat16.
     kept = 2 * config.num_hidden_layers * config.max_position_embeddings * config.hidden_size
-    state = 16 * count_params(config) / devices
-    room = max(memory - state, 0.1 * memory) / 4
-    for tensor in splits:
-        fits = config.hidden_size % (devices // tensor) == 0 and config.embed_dim % (devices // tensor) == 0
-        if fits and kept <= tensor * room:
-            return parse_mesh({"fsdp": devices // tensor, "tensor": tensor})
-    fitting = [n for n in splits if config.hidden_size % (devices // n) == 0]
-    if fitting:
-        return parse_mesh({"fsdp": devices // fitting[-1], "tensor": fitting[-1]})
-    return parse_mesh({"data": devices})
+    for data in _divisors(devices):
+        own = devices // data
+        fitting = [n for n in splits if own % n == 0 and _fits(config, data=data, fsdp=own // n, tensor=n)]
+        room = max(memory - 16 * count_params(config) / own, 0.1 * memory) / 4
+        if fitting:
+            tensor = next((n for n in fitting if kept <= n * room), fitting[-1])
+            return parse_mesh({"data": data, "fsdp": own // tensor, "tensor": tensor})
+    raise AssertionError  # copies of all weights always fit
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _fits(config: OPTConfig, **sizes: int) -> bool:
+    mesh: Any = MeshShape(parse_mesh(sizes))
+    return misfit(Placement(mesh, as_rules(None, mesh)), config, "causal_lm") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ from optjax.sharding import (
     meshes,
     parse_mesh,
 )
+from optjax.sharding.fitting import MeshShape, misfit
+from optjax.sharding.rules import as_rules
 
 TINY = OPTConfig(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, ffn_dim=48)
 
@@ -236,3 +239,29 @@ def test_a_mesh_for_a_size(name):
     for bad in ((0, "train"), (8, "sing")):
         with pytest.raises(ValueError, match="at least one device|no job"):
             choose_mesh(large, *bad)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "expected"),
+    [
+        # 14 rows of fc1 over two devices, not four; and 768 of queries over 256, however many devices there are.
+        (dict(hidden_size=12, num_attention_heads=4, ffn_dim=14, vocab_size=96), 4, "data=2,fsdp=2"),
+        (PRESETS["opt-125m"], 512, "data=2,fsdp=256"),
+        # Ten columns of a table; nothing over seven.
+        (
+            dict(hidden_size=24, num_attention_heads=3, ffn_dim=48, vocab_size=51, word_embed_proj_dim=10),
+            6,
+            "fsdp=2,tensor=3",
+        ),
+        (dict(hidden_size=24, num_attention_heads=3, ffn_dim=48, vocab_size=51), 7, "data=7"),
+    ],
+)
+def test_a_mesh_for_a_size_that_does_not_divide(sizes, devices, expected):
+    """Of as many devices as every weight divides over, in copies."""
+    config = OPTConfig(**sizes)
+    assert choose_mesh(config, devices) == parse_mesh(expected)
+    for job in ("train", "generate"):
+        for memory in (16e9, 1e3):
+            shape: Any = MeshShape(choose_mesh(config, devices, job, memory=memory))
+            assert shape.size == devices
+            assert misfit(Placement(shape, as_rules(None, shape)), config, "causal_lm") is None
