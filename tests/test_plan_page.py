@@ -9,6 +9,7 @@ import shlex
 import pytest
 
 from optjax.cli.arguments import parse
+from optjax.sharding.plan import analytic
 from optjax.sharding.plan import page as page_module
 from optjax.sharding.plan import working_set as working_set_module
 from optjax.sharding.plan.compiling import Compiled
@@ -100,11 +101,13 @@ def test_the_working_set_by_hand():
         "scores of a block of queries": 10 * 20 * 512 * t,
         "logits at once": 2 * (128 << 20),
     }
-    assert (working_set_module.QUERY_BLOCK, working_set_module.LOGITS_BYTES) == (QUERY_BLOCK, LOGITS_BYTES)
+    assert (analytic.QUERY_BLOCK, working_set_module.LOGITS_BYTES) == (QUERY_BLOCK, LOGITS_BYTES)
     flash = from_words("opt-13b --topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch 8 --attn-implementation flash")
     assert "scores of a block of queries" not in working_set(flash)
     read = working_set(from_words("opt-125m --topology v5e:1x1 --job generate --batch 8"))
-    assert read["scores of a block of queries"] == 10 * 8 * 12 * 512 * 2048 and read["logits at once"] == 8 * 8 * v
+    assert "scores of a block of queries" not in read and read["logits at once"] == 8 * 8 * v
+    short = from_words("opt-125m --topology v5e:1x1 --job generate --batch 8 --prompt 128")  # too few for a kernel
+    assert working_set(short)["scores of a block of queries"] == 10 * 8 * 12 * 128 * 128
     # To generate, weights are gathered for a long prompt of many rows, not for a short one.
     many, few = (
         working_set(from_words(f"opt-13b --topology v5e:4x4 --job generate --mesh fsdp=8,tensor=2 --batch 32 {prompt}"))

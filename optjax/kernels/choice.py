@@ -132,6 +132,7 @@ def settle(
     odd: str | None = None,
     for_few: str | None = None,
     by_hand: bool = False,
+    on: str | None = None,
 ) -> str:
     """``"flash"``, ``"decode"`` or ``"eager"``, for a pass over ids ``[B, T]``.
 
@@ -142,13 +143,14 @@ def settle(
       odd: what else is asked for that no kernel does, in words.
       for_few: and what only the kernel for few tokens does.
       by_hand: the params are spread over devices that no placement knows of.
+      on: the platform, where the placement has no devices to tell it.
 
     Raises:
       ValueError: as `attention_kind`.
     """
     if check_implementation(name) == "eager":
         return "eager"
-    on = kernel_platform(placement)
+    on = kernel_platform(placement) if on is None else _interpreted or on
     kernel, small = "flash", shape[1] < MANY_QUERIES
     problem = odd or for_few or _problem(config, placement, dtype, shape, on, has_past, one_column)
     if flat is not None and not odd and _has_kernel_for_few(config, placement, dtype, shape[1], flat, on):

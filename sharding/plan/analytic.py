@@ -16,6 +16,8 @@ from optjax.config import OPTConfig
 from optjax.declaration import Axis, Weight, declare
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Queries that a train step attends at a time, of rows of twice as many and more; see train/options.py.
+QUERY_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Remat:
     Attributes:
       residual, heads, mlp: values kept per token: of width D along the residual stream, of width D that heads split,
         of width F.
-      products, attention: how often the forward pass's products with weights, and attention, are computed again.
+      products, attention: how often the forward pass's products with weights, and attention, are computed again; of
+        the products all but `unneeded_again`.
     """
 
     residual: int
@@ -63,7 +66,8 @@ class Work:
     Attributes:
       model_flops: of all devices together: forward, and twice that for backward, attention over the past alone. What
         utilization is measured by.
-      flops: of one device, as they are carried out: with what is computed again, and attention over the whole row.
+      flops: of one device, as they are carried out: with what is computed again, and attention over the keys that a
+        block of queries has before it.
       hbm_bytes: that one device reads and writes at least.
       memory: bytes that one device holds at least at once, by what they are.
       tokens: that the program reads or makes.
@@ -91,7 +95,9 @@ class Training:
       batch, length: rows and tokens a row of a step, over all devices.
       micro_batches: that a step is made of.
       remat: one of `REMAT`.
-      blocks: whether attention goes over blocks of queries, whose scores are computed again for the backward pass.
+      block: queries that attention takes at a time, over the keys up to the last of them; their scores are computed
+        again for the backward pass, unless all is kept. None for all.
+      flash: whether that is done by a kernel, whose scores never reach the memory.
       weight, gradient, moment, compute: bytes of a weight, its gradient, each of Adam's two moments, and of what is
         computed with.
       moments_on_device: whether Adam's moments lie in HBM rather than in the host's memory.
@@ -101,7 +107,8 @@ class Training:
     length: int
     micro_batches: int = 1
     remat: str = "full"
-    blocks: bool = False
+    block: int | None = None
+    flash: bool = False
     weight: int = 4
     gradient: int = 4
     moment: int = 4
@@ -117,16 +124,21 @@ def training(config: OPTConfig, splits: Splits, options: Training) -> Work:
     own = tokens / splits.parts(rows, "batch") / splits.parts(o.length, "length")  # tokens of a device
     forward = token_flops(config) * tokens + attention_flops(config, o.batch * causal_pairs(o.length))
     products = layer_flops(config, splits, own, 0)
-    attention = layer_flops(config, splits, 0, own * o.length)
+    block = 1 if o.flash else o.block
+    # Where devices share out a row, each has its part of every block, and looks at all keys.
+    keys = keys_of_a_query(o.length, None if splits.parts(o.length, "length") > 1 else block)
+    attention = layer_flops(config, splits, 0, own * keys)
     head = 2 * own * config.vocab_size * config.embed_dim / splits.shards("vocab")
     head += _projection_flops(config, own)
     # Of attention's two products, the first is what a block computes again.
-    flops = (3 + again.products) * products + (3 + again.attention + 0.5 * o.blocks) * attention + 3 * head
+    scores_again = o.flash or (o.block is not None and o.remat != "none")
+    flops = (3 + again.products) * products + (3 + again.attention + 0.5 * scores_again) * attention + 3 * head
+    flops -= again.products * unneeded_again(config) * own / splits.shards("mlp")
 
     weights = stored_bytes(config, splits, o.weight)
     used = used_bytes(config, splits, o.compute)
     passes = o.micro_batches * (2 + again.products)
-    activations = _activation_traffic(config, splits, own, o.length, o.compute)
+    activations = _activation_traffic(config, splits, own, 0 if o.flash else keys, o.compute)
     state = weights * (2 * o.weight + 4 * o.moment * o.moments_on_device + 2 * o.gradient) / o.weight
     hbm = passes * used + activations * (3 + again.products) + state
 
@@ -147,17 +159,25 @@ def prefill(
     cache_length: int,
     width: int = 2,
     cache_width: float | None = None,
+    keys: float | None = None,
+    flash: bool = False,
 ) -> Work:
-    """Reading prompts of ``length`` tokens into an empty cache; logits of the last one only."""
+    """Reading prompts of ``length`` tokens into an empty cache; logits of the last one only.
+
+    Args:
+      keys: that a query is multiplied with, on average; all of the prompt by default.
+      flash: whether attention is by a kernel, whose scores never reach the memory.
+    """
     tokens = batch * length
     own = tokens / splits.parts(batch, "batch") / splits.parts(length, "length")
     model = token_flops(config, head=False) * tokens + attention_flops(config, batch * causal_pairs(length))
     model += 2 * batch * config.vocab_size * config.embed_dim
-    flops = layer_flops(config, splits, own, own * cache_length)
+    keys = length if keys is None else keys
+    flops = layer_flops(config, splits, own, own * keys) + _projection_flops(config, own)
     flops += 2 * (batch / splits.parts(batch, "batch")) * config.vocab_size * config.embed_dim / splits.shards("vocab")
     memory = _serving(config, splits, batch, cache_length, width, cache_width)
     hbm = used_bytes(config, splits, width, (batch, length))
-    hbm += _activation_traffic(config, splits, own, cache_length, width)
+    hbm += _activation_traffic(config, splits, own, 0 if flash else keys, width)
     hbm += memory["cache"] * length / cache_length
     return Work(model, flops, hbm, memory, tokens)
 
@@ -200,6 +220,24 @@ def offloaded(work: Work, config: OPTConfig, splits: Splits, *, width: int, from
 def causal_pairs(length: int) -> int:
     """Pairs of a query and a key at or before it."""
     return length * (length + 1) // 2
+
+
+def query_block(length: int, asked: int | None) -> int | None:
+    """The queries that a train step attends at a time; None for all of a row."""
+    if asked is None:
+        asked = QUERY_BLOCK if length >= 2 * QUERY_BLOCK and length % QUERY_BLOCK == 0 else 0
+    return asked if 0 < asked < length else None
+
+
+def keys_of_a_query(length: int, block: int | None) -> float:
+    """That a query of a row is multiplied with, on average, where ``block`` queries look no further than their last."""
+    return (length + (block or length)) / 2
+
+
+def unneeded_again(config: OPTConfig) -> int:
+    """Forward FLOPs per token that are not needed a second time: of fc2, what it gives is only added to the residual
+    stream, unless a norm follows."""
+    return 2 * config.num_hidden_layers * config.hidden_size * config.ffn_dim * config.do_layer_norm_before
 
 
 def token_flops(config: OPTConfig, head: bool = True) -> int:
@@ -268,7 +306,7 @@ def _projection_flops(config: OPTConfig, tokens: float) -> float:
     return 4 * tokens * config.hidden_size * config.embed_dim if config.has_projections else 0
 
 
-def _activation_traffic(config: OPTConfig, splits: Splits, tokens: float, keys: int, width: int) -> float:
+def _activation_traffic(config: OPTConfig, splits: Splits, tokens: float, keys: float, width: int) -> float:
     """Bytes of what goes into and comes out of each product of a forward pass; scores are written and read once."""
     d, f, h = config.hidden_size, config.ffn_dim, config.num_attention_heads
     heads, mlp = splits.shards("heads"), splits.shards("mlp")

@@ -30,24 +30,19 @@ def memory(request: Request) -> float:
     read = (o["batch"], o["prompt"]) if request.job == "generate" else None
     layer = analytic.used_bytes(config, splits, width, read) / config.num_hidden_layers
     if request.job == "generate":
-        tokens, keys, block = o["batch"] * o["prompt"], o["cache_length"], o["prompt"]
-        rows = o["batch"]
+        rows, length = o["batch"], o["prompt"]
     else:
-        rows = o["batch"] // o["micro_batches"]
-        tokens, keys = rows * o["length"], o["length"]
-        block = min(512, keys) if o["query_block"] is None else o["query_block"] or keys
+        rows, length = o["batch"] // o["micro_batches"], o["length"]
         layer *= 4  # with the next layer's, and gradients
-    own = splits.parts(rows, "batch")
+    tokens, own = rows * length, splits.parts(rows, "batch")
     d, f = config.hidden_size, config.ffn_dim
     if read is not None and splits.tokens_travel(read, d):
         own = tokens / splits.tokens_of_sharing(read)
     values = tokens / own * (4 * d + 4 * d / splits.shards("heads") + 2 * f / splits.shards("mlp")) * width
     heads = rows / own * config.num_attention_heads / splits.shards("heads")
-    scores = 8 * heads * block * keys
-    if o.get("attn_implementation") == "flash":
-        scores = 0
-    elif o.get("remat") == "none":
-        scores += 6 * config.num_hidden_layers * heads * keys * keys  # in float32 and as they are multiplied
+    scores = 0 if request.flash else 8 * heads * (request.block or length) * request.keys
+    if o.get("remat") == "none" and not request.flash:
+        scores += 6 * config.num_hidden_layers * heads * length * length  # in float32 and as they are multiplied
     return least + layer + values + scores + _ASIDE
 
 

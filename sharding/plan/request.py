@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from optjax.attention_blocks import block_of_queries
 from optjax.config import OPTConfig
+from optjax.kernels.choice import rounded_cache, settle
 from optjax.presets import BATCH_TOKENS, PRESETS
 from optjax.sharding.choose import choose_mesh
 from optjax.sharding.fitting import MeshShape, misfit, that_work
@@ -52,6 +54,39 @@ class Request:
         mesh: Any = MeshShape(self.mesh)
         return Placement(mesh, as_rules(self.rules, mesh))
 
+    @property
+    def flash(self) -> bool:
+        """Whether kernels attend, in a train step or as prompts are read.
+
+        Raises:
+          ValueError: that is asked for and cannot be had.
+        """
+        o, dtype, on = self.options, self.options["dtype"], self.topology.chip.platform
+        if self.job == "generate":
+            shape, few = (o["batch"], o["prompt"]), rounded_cache(o["cache_dtype"])
+            return settle("auto", self.config, self.splits, dtype, shape, for_few=few, on=on) == "flash"
+        how = "eager" if o["query_block"] is not None else o["attn_implementation"]
+        return settle(how, self.config, self.splits, dtype, (o["batch"], o["length"]), on=on) == "flash"
+
+    @property
+    def own_keys(self) -> bool:
+        """Whether tokens look at each other's keys as they are, not at what a cache of another dtype holds of them."""
+        return self.job == "train" or self.options["cache_dtype"] in (None, self.options["dtype"])
+
+    @property
+    def keys(self) -> int:
+        """The keys that the queries of a row have before them."""
+        o = self.options
+        return o["length"] if self.job == "train" else o["prompt"] if self.own_keys else o["cache_length"]
+
+    @property
+    def block(self) -> int | None:
+        """The queries that are attended at a time where no kernel does it; None for all of a row."""
+        o = self.options
+        if self.job == "train":
+            return analytic.query_block(o["length"], o["query_block"])
+        return block_of_queries(self.splits, o["batch"], o["prompt"], self.keys, self.config.num_attention_heads)
+
     def works(self) -> dict[str, Work]:
         """What each program of the job has to do."""
         o, splits = self.options, self.splits
@@ -59,21 +94,26 @@ class Request:
         if self.job == "generate":
             of_cache = analytic.cache_width(self.config, o["cache_dtype"] or o["dtype"])
             shape = {"batch": o["batch"], "cache_length": o["cache_length"], "width": width, "cache_width": of_cache}
+            length, block, keys = o["prompt"], self.block, float(self.keys)
+            if self.flash:
+                keys = analytic.keys_of_a_query(length, 1)
+            elif self.own_keys and block is not None and length % block == 0 and splits.shards("length") == 1:
+                keys = analytic.keys_of_a_query(length, block)
             works = {
-                "prefill": analytic.prefill(self.config, splits, length=o["prompt"], **shape),
+                "prefill": analytic.prefill(self.config, splits, length=length, keys=keys, flash=self.flash, **shape),
                 "decode step": analytic.decoding(self.config, splits, **shape),
             }
             if o["offload"] is None:
                 return works
             how = {"width": width, "from_disk": o["offload"] == "disk"}
             return {name: analytic.offloaded(work, self.config, splits, **how) for name, work in works.items()}
-        block, flash = o["query_block"], o["attn_implementation"] == "flash"
         step = analytic.Training(
             batch=o["batch"],
             length=o["length"],
             micro_batches=o["micro_batches"],
             remat=o["remat"],
-            blocks=flash or (o["length"] >= 1024 if block is None else 0 < block < o["length"]),
+            block=self.block,
+            flash=self.flash,
             moment=analytic.WIDTHS[o["moments_dtype"]],
             compute=width,
             moments_on_device=o["moments_memory"] == "device",
@@ -125,6 +165,7 @@ def make_request(
         raise ValueError(f"{wrong}; {that_work(request.splits, config, 'causal_lm')}")
     chosen = _checked(config, job, options)
     request.options.update(chosen)
+    _ = request.flash  # whose error says why it cannot be had
     if chosen.get("micro_batches") == "auto":
         request.options["micro_batches"] = _micro_batches(request)
     if chosen.get("offload") == "disk" and topology.devices > 1:

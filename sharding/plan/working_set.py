@@ -17,8 +17,8 @@ from .request import Request
 # residual stream between the regions that are split by heads and by F, and as it enters and leaves one; of what the
 # heads split (queries, keys, values, their gradients); of the feed-forward network.
 _RESIDUAL, _AT_REGIONS, _HEADS, _MLP = 2, 2, 6, 3
-# Of a train step: queries that are attended at once, and bytes of the logits that are; see train/options.py.
-QUERY_BLOCK, LOGITS_BYTES = 512, 128 << 20
+# Of a train step: bytes of the logits that are there at once; see train/options.py.
+LOGITS_BYTES = 128 << 20
 _FLOAT32 = analytic.WIDTHS["float32"]
 
 
@@ -31,7 +31,7 @@ def working_set(request: Request) -> dict[str, int]:
 
     all_rows = o["batch"] // o["micro_batches"] if trains else o["batch"]
     rows = all_rows // splits.parts(all_rows, "batch")
-    length, keys = (o["length"],) * 2 if trains else (o["prompt"], o["cache_length"])
+    length = o["length"] if trains else o["prompt"]
     tokens = rows * length // splits.parts(length, "length")  # of attention and the feed-forward network
     of_residual = rows * length // splits.parts(length, "residual_length")
 
@@ -51,10 +51,9 @@ def working_set(request: Request) -> dict[str, int]:
         values += splits.tokens_of_sharing((all_rows, length)) * max(d, f // splits.shards("mlp"))
     values += tokens * (_HEADS * d // splits.shards("heads") + _MLP * f // splits.shards("mlp"))
     found["a layer's values"] = values * width
-    if o.get("attn_implementation") != "flash":
-        block = o["query_block"] if trains else 0
-        block = min(tokens // rows, QUERY_BLOCK if block is None else block or length)
-        scores = rows * heads * block * keys // splits.shards("heads")
+    if not request.flash:
+        block = min(tokens // rows, request.block or length)
+        scores = rows * heads * block * request.keys // splits.shards("heads")
         found["scores of a block of queries"] = scores * (2 * _FLOAT32 + width)
     logits = (tokens if trains else rows) * config.vocab_size // splits.shards("vocab") * _FLOAT32
     if trains:
