@@ -236,6 +236,16 @@ def test_a_mesh_for_a_size(name):
     # Two groups of eight, of which none could hold all weights.
     assert choose_mesh(large, 16, "generate", memory=31e9, fast=8) == parse_mesh("fsdp=2,tensor=8")
     assert choose_mesh(large, 256)["tensor"] > 1
+    # By rules that leave tensor idle, as by those that spread no weight over fsdp.
+    assert choose_mesh(large, 256, rules="fsdp") == parse_mesh("fsdp=256")
+    assert choose_mesh(large, 16, "generate", memory=31e9, rules="fsdp") == parse_mesh("fsdp=16")
+    assert choose_mesh(large, 8, "generate", memory=95e9, rules=RULES["tensor"]) == parse_mesh("tensor=8")
+    odd = RULES["fsdp"] | {"position": ("data", "fsdp")}  # no mesh of four fits them, which others say
+    assert choose_mesh(large, 4, rules=odd) == choose_mesh(large, 4, "generate", rules=odd) == parse_mesh("data=4")
+    with pytest.raises(ValueError, match="no rule set 'fdsp'"):
+        choose_mesh(large, 256, rules="fdsp")
+    with pytest.raises(ValueError, match="no rule uses mesh axis 'data'"):
+        choose_mesh(large, 256, rules=RULES["fsdp"] | {"batch": "fsdp"})
     for bad in ((0, "train"), (8, "sing")):
         with pytest.raises(ValueError, match="at least one device|no job"):
             choose_mesh(large, *bad)

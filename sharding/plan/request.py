@@ -156,7 +156,7 @@ def make_request(
     if mesh is None or mesh == "auto":
         chip = topology.chip
         fast = chip.devices_per_host if not chip.dimensions else topology.devices // topology.slices
-        sizes = choose_mesh(config, topology.devices, job, memory=chip.capacity, fast=fast)
+        sizes = choose_mesh(config, topology.devices, job, memory=chip.capacity, fast=fast, rules=rules)
     else:
         sizes = parse_mesh(mesh, topology.devices)
     request = Request(name, config, topology, job, sizes, DEFAULT_RULES if rules is None else rules, {})
