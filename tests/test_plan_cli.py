@@ -92,6 +92,21 @@ def test_a_training_plan(optjax_plan, compiler):
     assert asked["options"]["batch"] == 1024 and 1024 % asked["options"]["micro_batches"] == 0
 
 
+def test_the_command_of_a_plan_makes_it_again(optjax_plan, compiler, tiny):
+    """Of a config's file too, and with whatever `plan` takes."""
+    for words in (
+        f"{tiny} --topology v5e:2x2 --batch 8",
+        f"{tiny} --topology h100:4 --job generate --dtype float32 --cache-dtype float16 --prompt 64",
+        f"{tiny} --topology v5e:1x1 --job generate --offload disk --disk-bandwidth 3.5",
+        "facebook/opt-125m --topology v5e:2x2 --rules fsdp --query-block 0 --dropout 0.1",
+    ):
+        first = json.loads(optjax_plan(f"{words} --json").out)
+        again = json.loads(optjax_plan(f"{first['command'].removeprefix('optjax plan ')} --json").out)
+        assert again == first
+    found = optjax_plan(f"{tiny} --topology v5e:2x2 --batch 8 --search --limit 1")
+    assert re.search(rf"the first again: optjax plan {re.escape(str(tiny))} --topology v5e:2x2 ", found.out)
+
+
 def test_micro_batches_are_as_many_as_cost_no_time():
     """One row a device where the links are fast; where weights are gathered over a slower network, more rows, but no
     more than fit."""

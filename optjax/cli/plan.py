@@ -80,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate = parser.add_argument_group("to generate").add_argument
     generate("--prompt", type=count, metavar="N", help="tokens read at once (default: 512)")
     generate("--cache-length", type=count, metavar="N", help="columns of the cache (default: 2048)")
-    generate("--cache-dtype", choices=("bfloat16", "float32", "int8"), help="of the cache (default: that of --dtype)")
+    text = "of the cache (default: that of --dtype)"
+    generate("--cache-dtype", choices=("bfloat16", "float32", "float16", "int8"), help=text)
     text = "layers come from the host's memory or from disk for every token: for models larger than the device's memory"
     generate("--offload", choices=("host", "disk"), help=text)
     generate("--disk-bandwidth", type=float, metavar="GB/S", help="of that disk, as it reads large files")
@@ -117,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.search:
             raise UsageError("--save-hlo is for one plan; name its mesh, without --search")
         Path(arguments.save_hlo).mkdir(parents=True, exist_ok=True)
-    asked = {"mesh": arguments.mesh or "auto", "rules": arguments.rules, **options}
+    asked = {"mesh": arguments.mesh or "auto", "rules": arguments.rules, "name": arguments.size, **options}
     if arguments.search:
         return _search(arguments, size, asked)
 

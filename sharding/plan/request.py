@@ -34,7 +34,7 @@ class Request:
     """One combination to plan. Made by `make_request`, which fills in what is left open and checks the whole.
 
     Attributes:
-      size: its name, ``opt-175b``, or ``custom``.
+      size: its name, ``opt-175b``; of a config the one it is given, such as its file's, or ``custom``.
       mesh: the size of every axis.
       rules: a name of `optjax.sharding.RULES`, or a dict.
       options: of the job: what its programs are made with, in plain types.
@@ -141,15 +141,19 @@ def make_request(
     *,
     mesh: str | Mapping[str, int] | None = "auto",
     rules: str | Rules | None = None,
+    name: str | None = None,
     **options: Any,
 ) -> Request:
     """See `optjax.sharding.plan.plan`, whose arguments these are.
+
+    Args:
+      name: what to call a size that is a config.
 
     Raises:
       ValueError: something is unknown, or does not fit together.
     """
     config = size if isinstance(size, OPTConfig) else OPTConfig.preset(size)
-    name = size.lower().removeprefix("facebook/") if isinstance(size, str) else "custom"
+    name = size.lower().removeprefix("facebook/") if isinstance(size, str) else name or "custom"
     topology = topology if isinstance(topology, Topology) else parse_topology(topology)
     if job not in JOBS:
         raise ValueError(f"no job {job!r}; there are: {', '.join(JOBS)}")
