@@ -20,7 +20,8 @@ a model of two thin layers, says the same. transformers guesses for one row only
 stand beside: transformers 4.57 has it no more, and CTranslate2 never had.
 
 The limit is what memory allows a decoding step: the bytes of weights (in int8 a quarter), and of keys and values at
-mid-way, at the speed with which as many threads stream over an array of the weights' size, measured in the same rounds.
+mid-way, those of a prompt once and of new tokens for each beam, at the speed with which as many threads stream over an
+array of the weights' size, measured in the same rounds.
 Guesses can pass it: a step is then worth several tokens.
 
 Sides whose library is not installed are left out. `pip install -e .[bench]` has them all.
@@ -190,7 +191,7 @@ class Cell:
         self.ids = [
             [4 + (7919 * (args.prompt * b + t) + 13) % (vocab - 4) for t in range(args.prompt)] for b in range(batch)
         ]
-        middle = args.prompt + args.new / 2
+        middle = args.prompt + args.beams * args.new / 2
         self.kept_bytes = 2 * 4 * batch * middle * config["hidden_size"] * config["num_hidden_layers"]
         self.results: dict[str, Result] = {}
         self.tokens: dict[str, list[int]] = {}

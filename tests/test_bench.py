@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 import optjax
 from bench import attention_gpu, attention_sides, decode_gpu, gpu, prepare, report, sides
-from bench.decode_cpu import Result
+from bench.decode_cpu import Cell, Result
 from optjax.kernels.choice import interpreted
 
 
@@ -42,6 +43,14 @@ def test_decode_cpu_compares_the_same_tokens(repository, tmp_path, strategy, bat
     for result in results:
         assert len(result["one_token"]) == len(result["all_tokens"]) == 1
         assert result["peak"] > 20e6 and result["limit"] > 0
+
+
+def test_the_limit_reads_a_prompt_once_and_the_tokens_of_each_beam():
+    shape = prepare.SIZES["tiny"]
+    token = 2 * 4 * shape["hidden_size"] * shape["num_hidden_layers"]
+    for beams in (1, 4):
+        cell = Cell("tiny", 8, argparse.Namespace(prompt=16, new=6, beams=beams))
+        assert cell.kept_bytes == 8 * token * (16 + 3 * beams)
 
 
 def test_every_guess_is_right(tmp_path):
