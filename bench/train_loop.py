@@ -51,7 +51,7 @@ def main() -> None:
         num_attention_heads=max(1, args.hidden // 64),
         max_position_embeddings=args.length,
     )
-    total = args.steps * (args.rounds + 1)
+    total = args.steps * (args.rounds + 1) + 1  # the last round is over where another step begins
     recipe = Recipe(peak_lr=1e-4, total_steps=total, warmup_steps=1)
 
     def init(seed: int = 0):

@@ -171,6 +171,13 @@ def test_small_products(repository):
     assert all(float(row.split()[-1]) > 0 for row in rows)
 
 
+def test_the_loop_beside_its_step(repository):
+    """As many rounds as are asked for; the one that compiles is none of them."""
+    small = "--layers 1 --hidden 16 --length 8 --batch 2 --vocabulary 64 --steps 2 --rounds 1"
+    printed = _run(repository, "bench.train_loop", *small.split())
+    assert "medians of 1 rounds of 2" in printed
+
+
 def test_quantization_of_opt_mini(repository, shared_data, tmp_path):
     """int8 is as good as float32, of weights and of the cache, int4 nearly, and more so by GPTQ: on WikiText-2 and
     on a novel that opt-mini has not read."""
