@@ -141,6 +141,8 @@ def compare(
 
     length = min(params.config.max_position_embeddings, 2048)
     ids = np.asarray(tokenizer.encode(text), np.int32)
+    if len(ids) < length:
+        raise SystemExit(f"{name} has {len(ids)} tokens, and a window {length}: name a longer text")
     ids = ids[: len(ids) // length * length].reshape(-1, length)
     if args.windows and len(ids) > args.windows:
         ids = ids[np.linspace(0, len(ids) - 1, args.windows).round().astype(int)]

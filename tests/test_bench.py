@@ -199,6 +199,14 @@ def test_quantization_of_opt_mini(repository, shared_data, tmp_path):
             assert r["largest_error"] <= 0.1 and abs(r["change"]) <= 0.05
 
 
+def test_quantization_of_a_short_text_is_refused(repository, tmp_path):
+    (tmp_path / "short.txt").write_text("The old house stood at the end of the road.")
+    program = [sys.executable, "-m", "bench.quantization", "--text", str(tmp_path / "short.txt")]
+    done = subprocess.run(program, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 1 and "short.txt has 12 tokens, and a window 512" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_import_time(repository):
     printed = _run(repository, "bench.import_time", "--rounds", "1")
     assert [line.split("  ")[0] for line in printed.splitlines()] == [
