@@ -50,9 +50,8 @@ def main() -> None:
             known.append({"case": asdict(case), "found": found})
             args.results.mkdir(parents=True, exist_ok=True)
             results.write_text("[\n" + ",\n".join(map(json.dumps, known)) + "\n]\n")
-    page = compiled_report.markdown(known)
-    (args.results / "decode_compiled.md").write_text(page)
-    print(page)
+            (args.results / "decode_compiled.md").write_text(compiled_report.markdown(known))
+    print(compiled_report.markdown(known))
 
 
 def parse() -> argparse.Namespace:

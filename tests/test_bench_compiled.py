@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import pytest
 
+from bench import decode_compiled
 from bench.compiled_report import markdown
 from bench.compiled_worker import Case
 from optjax.sharding.plan import CHIPS, ENVIRONMENT, estimated_cycles
@@ -44,6 +45,27 @@ def test_contexts_have_tables_of_their_own():
     page = markdown([{"case": asdict(case), "found": {**figures, "weights": case.context * 10**6}} for case in cases])
     first, second = page.split("## h100, 512 columns")[1].split("## h100, 2048 columns")
     assert "| 125m, batch 8, optjax | 0.61 |" in first and "| 125m, batch 8, optjax | 2.15 |" in second
+
+
+def test_a_run_that_is_stopped_leaves_its_page(tmp_path, monkeypatch):
+    """And one that has nothing to compile writes none."""
+    figures = dict(weights=10**8, cache=10**8, peak=1, temporaries=10**6)
+
+    def compile_all(cases):
+        yield from ((case, figures) for case in cases[:2])
+        raise KeyboardInterrupt
+
+    options = "--sizes 125m --chips h100 --batches 8 --sides optjax --contexts 512 --results".split()
+    monkeypatch.setattr(decode_compiled, "_has", lambda chip: True)
+    monkeypatch.setattr(decode_compiled, "compile_all", compile_all)
+    monkeypatch.setattr(sys, "argv", ["bench.decode_compiled", *options, str(tmp_path / "new")])
+    with pytest.raises(KeyboardInterrupt):
+        decode_compiled.main()
+    assert "| 125m, batch 8, optjax | 0.20 |" in (tmp_path / "new" / "decode_compiled.md").read_text()
+    monkeypatch.setattr(decode_compiled, "groups", lambda args, done: [])
+    monkeypatch.setattr(sys, "argv", ["bench.decode_compiled", *options, str(tmp_path / "other")])
+    decode_compiled.main()
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_was_refused_is_said():
