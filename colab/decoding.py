@@ -220,12 +220,12 @@ def draw_strip(axes, score, width=96):
         for n, character in enumerate(token):
             axes.text(x + n + 0.5, y + 0.48, character, **style)
         x += len(token)
-    axes.set(xlim=(0, width), ylim=(3, 0), xticks=[], yticks=[])
+    axes.set(xlim=(0, width), ylim=(max(3, y + 1), 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
 colours, norm = plt.get_cmap("OrRd"), plt.Normalize(0, 16, clip=True)
-own = tokenizer.encode("The old house stood at the end of the road, and")
+own = ids[0].tolist()
 shown = {
     "A novel (Dickens, Great Expectations)": tokenizer.encode(
         "My father's family name being Pirrip, and my Christian name Philip, my infant tongue could make of both names "

@@ -171,7 +171,7 @@ best = np.argsort(probabilities)[::-1][:12]
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
 axes.barh([repr(tokenizer.decode([i])) for i in best], probabilities[best])
 axes.invert_yaxis()
-axes.set(xlabel="probability", title="What follows “The old house stood at the end of the road, and”")
+axes.set(xlabel="probability", title=f"What follows “{tokenizer.decode(ids[0])}”")
 plt.show()
 
 # %% [markdown]

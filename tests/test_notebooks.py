@@ -66,6 +66,12 @@ def execute(notebook: Path, folder: Path) -> tuple[int, str]:
     return pictures, "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
 
 
+def test_a_prompt_that_is_changed_is_changed_everywhere():
+    for name in ("decoding", "generate"):
+        text = (COLAB / f"{name}.py").read_text(encoding="utf-8")
+        assert text.count("The old house stood at the end of the road, and") == 1, name
+
+
 def test_plan_and_shard_runs(tmp_path):
     """Without the TPU compiler the plans are left out; what is spread over devices is not."""
     pictures, said = execute(COLAB / "plan_and_shard.ipynb", tmp_path)
