@@ -192,8 +192,9 @@ whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(f"the model: {whole / 2**20:.2f} MiB; on a device: {held.min() / 2**20:.2f} to {held.max() / 2**20:.2f} MiB")
 
 plt.figure(figsize=(6, 2.5), layout="constrained")
-plt.bar(range(8), held / 2**20, color=[plt.cm.tab10(i) for i in range(8)])
-plt.axhline(whole / 8 / 2**20, color="black", linestyle="--", linewidth=1, label="an eighth of the model")
+plt.bar(range(len(held)), held / 2**20, color=[plt.cm.tab10(i) for i in range(len(held))])
+share = whole / len(held) / 2**20
+plt.axhline(share, color="black", linestyle="--", linewidth=1, label=f"one part in {len(held)} of the model")
 plt.xlabel("device")
 plt.ylabel("MiB")
 plt.legend(loc="lower right")

@@ -66,10 +66,26 @@ def execute(notebook: Path, folder: Path) -> tuple[int, str]:
     return pictures, "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
 
 
+def changed(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
+    """A notebook of which a reader changed some cells."""
+    text = (COLAB / f"{name}.ipynb").read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "changed.ipynb").write_text(text, encoding="utf-8")
+    return folder / "changed.ipynb"
+
+
 def test_a_prompt_that_is_changed_is_changed_everywhere():
     for name in ("decoding", "generate"):
         text = (COLAB / f"{name}.py").read_text(encoding="utf-8")
         assert text.count("The old house stood at the end of the road, and") == 1, name
+
+
+def test_plan_and_shard_over_other_devices(tmp_path):
+    fewer = ("device_count=8", "device_count=4"), ("fsdp=4,tensor=2", "fsdp=2,tensor=2")
+    pictures, said = execute(changed("plan_and_shard", tmp_path, *fewer), tmp_path)
+    assert pictures >= 2 and "4 devices of cpu" in said and "the same on one device: True" in said
 
 
 def test_plan_and_shard_runs(tmp_path):
