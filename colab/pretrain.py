@@ -48,7 +48,7 @@ if importlib.util.find_spec("optjax") is None:
 # only, when they are done. Where there is no TPU, one CPU plays eight devices.
 
 # %%
-if glob("/dev/accel*") or glob("/dev/vfio/*"):
+if glob("/dev/accel[0-9]*") or glob("/dev/vfio/[0-9]*"):
     MESH = "fsdp=-1"
 else:
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -145,7 +145,12 @@ export = "python-opt"
 # %%
 import time
 
-begun = subprocess.Popen([sys.executable, "-m", "optjax.train.pretrain", "--settings", "run.toml", "--quiet"])
+with open("begun.txt", "w", encoding="utf-8") as said:
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "optjax.train.pretrain", "--settings", "run.toml", "--quiet"],
+        stdout=said,
+        stderr=subprocess.STDOUT,
+    )
 log = Path("runs/python/log.jsonl")
 
 
@@ -157,9 +162,11 @@ def last_step():
 
 while begun.poll() is None and last_step() < STEPS // 2:
     time.sleep(0.2)
+assert begun.poll() in (None, 0), Path("begun.txt").read_text(encoding="utf-8")
 begun.kill()
 begun.wait()
-print(f"killed after step {last_step()} of {STEPS}; checkpoints:", sorted(os.listdir("runs/python/checkpoints")))
+saved = sorted(path.name for path in Path("runs/python/checkpoints").glob("*"))
+print(f"killed after step {last_step()} of {STEPS}; checkpoints:", saved)
 
 # %% [markdown]
 # The same command goes on from the newest checkpoint, and ends in the very bits that an undisturbed run ends in.

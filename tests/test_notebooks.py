@@ -116,6 +116,14 @@ def test_pretrain_runs(tmp_path, monkeypatch):
     assert float(last) < float(first) - 2
 
 
+def test_pretrain_says_why_a_run_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTJAX_NOTEBOOK_STEPS", "12")
+    odd = changed("pretrain", tmp_path, ('num_attention_heads\\": 4', 'num_attention_heads\\": 5'))
+    with pytest.raises(AssertionError, match="hidden_size.*num_attention_heads") as raised:
+        execute(odd, tmp_path)
+    assert "No such file" not in str(raised.value)  # of checkpoints, which are none
+
+
 def test_finetune_runs(tmp_path, monkeypatch):
     """On a few docstrings: what is learned of them is shown, not judged."""
     monkeypatch.setenv("OPTJAX_NOTEBOOK_EXAMPLES", "80")
