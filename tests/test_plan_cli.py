@@ -295,8 +295,9 @@ def test_a_plan_is_what_the_tpu_compiler_says(job: str):
 
 
 @needs_libtpu
-def test_moments_in_the_hosts_memory_are_not_the_devices():
-    options = {"batch": 16, "length": 128, "mesh": "fsdp=2,tensor=2"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_in_the_hosts_memory_are_not_the_devices(dtype: str):
+    options = {"batch": 16, "length": 128, "mesh": "fsdp=2,tensor=2", "moments_dtype": dtype}
     config = OPTConfig(**{**TINY, "num_hidden_layers": 8})
     on_device, on_host = (
         plan(config, "v5e:2x2", "train", moments_memory=memory, **options).main.compiled

@@ -7,6 +7,7 @@ stochastic rounding, nor any in the host's memory that come layer by layer, nor 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -114,20 +115,24 @@ def update(
 
 
 def _by_layers(each, key, decays, trees: list[Any], stacked: bool) -> tuple[Any, Any, Any]:
-    """``each``, with the moments of one layer on the device at a time; in place."""
+    """``each``, with the moments of one layer on the device at a time; in place.
+
+    Of a stack those of all vectors come first: a layer's would begin half way in a word, in bfloat16, and the TPU
+    compiler takes no such part out of the host's memory.
+    """
     outside = [{name: weight for name, weight in tree.items() if name != "layers"} for tree in trees]
     rest = {name: decay for name, decay in decays.items() if name != "layers"}
     done = _through_device(each, key, rest, *outside)
     key = jax.random.fold_in(key, len(jax.tree.leaves(rest)))
     weights, gradients, first, second = (tree["layers"] for tree in trees)
     if stacked:
+        first, second = _move((first, second), jax.memory.Space.Device, lambda x: x.ndim == 2)
         count = jax.tree.leaves(weights)[0].shape[0]
 
         def step(i, carry):
             mine, its_gradients = jax.tree.map(partial(_take, i), (carry, gradients))
-            new = _through_device(
-                each, jax.random.fold_in(key, i), decays["layers"], mine[0], its_gradients, mine[1], mine[2]
-            )
+            given = decays["layers"], mine[0], its_gradients, mine[1], mine[2]
+            new = _through_device(each, jax.random.fold_in(key, i), *given, which=lambda x: x.ndim > 1)
             return jax.tree.map(partial(_put, i), carry, new)
 
         layers = jax.lax.fori_loop(0, count, step, (weights, first, second))
@@ -141,11 +146,15 @@ def _by_layers(each, key, decays, trees: list[Any], stacked: bool) -> tuple[Any,
     return one, two, three
 
 
-def _through_device(each, key, decays, weights, gradients, first, second) -> tuple[Any, Any, Any]:
-    first, second = jax.device_put((first, second), jax.memory.Space.Device)
+def _through_device(each, key, decays, weights, gradients, first, second, which=lambda x: True) -> tuple[Any, Any, Any]:
+    first, second = _move((first, second), jax.memory.Space.Device, which)
     new, first, second = each(key, decays, weights, gradients, first, second)
-    first, second = jax.device_put((first, second), jax.memory.Space.Host)
+    first, second = _move((first, second), jax.memory.Space.Host, which)
     return new, first, second
+
+
+def _move(trees: Any, space: Any, which: Callable[[jax.Array], bool]) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, space) if which(x) else x, trees)
 
 
 def _take(i, array: jax.Array) -> jax.Array:
