@@ -280,3 +280,11 @@ def test_the_slowest_rate_is_the_floor():
     assert free.bound == "compute" and free.mfu == pytest.approx(work.model_flops / (work.flops * 16))
     assert (slow.bound, slow.floor) == ("interconnect", 10.0)
     assert slow.mfu == pytest.approx(free.mfu * free.floor / 10.0)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_two_layers_are_on_their_way_where_there_are_two(layers: int):
+    c = config(num_hidden_layers=layers)
+    work = make_request(c, "v5e:1x1", "generate", prompt=8, cache_length=62, offload="host").works()["decode step"]
+    layer = 2 * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.ffn_dim)
+    assert work.memory["layers on their way"] == min(layers, 2) * layer and work.host_bytes == layers * layer

@@ -201,11 +201,11 @@ def decoding(
 
 
 def offloaded(work: Work, config: OPTConfig, splits: Splits, *, width: int, from_disk: bool = False) -> Work:
-    """The same work, but the layers' matrices come to the device for it, two layers at a time."""
+    """The same work, but the layers' matrices come to the device for it, two layers at a time where there are two."""
     matrices = [w for w in declare(config) if w.per_layer and len(w.shape) > 1]
     layer = sum(share(w, splits, ()) for w in matrices) * width
     total = layer * config.num_hidden_layers
-    at_once = (1 if from_disk else 2) * layer
+    at_once = min(1 if from_disk else 2, config.num_hidden_layers) * layer
     memory = work.memory | {"weights": work.memory["weights"] - total, "layers on their way": at_once}
     # They are written to the device's memory before they are read there.
     return replace(
