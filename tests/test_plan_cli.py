@@ -127,6 +127,13 @@ def test_a_plan_for_generation_that_does_not_fit(optjax_plan, compiler):
     assert "prefill" in answer.out and "decode step" in answer.out
 
 
+@pytest.mark.parametrize("words", ["--batch 8 --moments-memory host", "--job generate --offload host"])
+def test_the_memory_of_a_gpus_host_is_not_planned(optjax_plan, tiny, words):
+    """Its compiler would count what lies there as on the device."""
+    answer = optjax_plan(f"{tiny} --topology h100:8 {words}")
+    assert answer.status == 1 and "='host' cannot be planned for GPUs" in answer.err
+
+
 def test_a_refusal_is_no_error(optjax_plan, compiler):
     words = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.01G of 15.75G hbm. Exceeded by 4.26G."
     compiler.refused, compiler.peak = words, memory_asked(words)

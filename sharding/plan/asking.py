@@ -39,9 +39,17 @@ def ask(
 
     Raises:
       ImportError: the compiler is not installed.
-      ValueError: what the request asks for makes no sense: rules that do not fit, an unknown option.
+      ValueError: what the request asks for makes no sense: rules that do not fit, an unknown option; or arrays in the
+        memory of a GPU's host.
       RuntimeError: the compiler failed.
     """
+    in_host = [name for name in ("offload", "moments_memory") if options.get(name) == "host"]
+    if topology.chip.platform == "gpu" and in_host:
+        # A GPU that is only described has no host memory: all would be compiled, and counted, as on the device.
+        raise ValueError(
+            f"{in_host[0]}='host' cannot be planned for GPUs: their compiler knows the host's memory only where there "
+            "is a GPU; plan it for TPUs, or leave it out"
+        )
     check_compiler(topology)
     request = {
         "config": config.to_dict(),
