@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import report
 from bench.arguments import Parser
 
@@ -62,8 +64,12 @@ def main() -> None:
     calibration = [path.read_text(encoding="utf-8") for path in args.calibration] or list(shared_calibration())
     if not calibration and any(kind.endswith(CALIBRATED) for kind in args.kinds):
         parser.error(f"no calibration texts in {DATA}; name some with --calibration, or leave kinds with +gptq out")
-    params, tokenizer, models = make_models(args, calibration)
-    results = [each for name in texts for each in compare(args, params, tokenizer, models, name, texts[name])]
+    import optjax
+
+    params, tokenizer = optjax.load(args.model, "float32")
+    windows = {name: cut(args, params.config, name, tokenizer.encode(text)) for name, text in texts.items()}
+    models = {kind: make_model(params, tokenizer, kind, calibration) for kind in args.kinds}
+    results = [result for name, ids in windows.items() for result in compare(args, params, models, name, ids)]
     if args.json:
         args.json.write_text(json.dumps(results, indent=2))
     if args.save:
@@ -102,24 +108,18 @@ def shared_calibration():
         yield "\n".join(json.loads(line)["text"] for line in lines)
 
 
-def make_models(args: argparse.Namespace, calibration: list[str]) -> tuple[Any, Any, dict[str, Any]]:
-    """The params in float32, the tokenizer, and the params of each kind."""
+def make_model(params: Any, tokenizer: Any, kind: str, calibration: list[str]) -> Any:
+    """The params of a kind."""
     import optjax
     from optjax.cli.calibration import WINDOWS, windows
 
-    params, tokenizer = optjax.load(args.model, "float32")
-
-    def made(kind: str):
-        name, size, calibrated = _parts(kind)
-        if name == "float32":
-            return params
-        how = optjax.Quantization(name, int(size)) if size else optjax.Quantization(name)
-        if not calibrated:
-            return optjax.quantize(params, how)
-        ids = windows(tokenizer, calibration, params.config.max_position_embeddings, WINDOWS)
-        return optjax.gptq(params, ids, how)
-
-    return params, tokenizer, {kind: made(kind) for kind in args.kinds}
+    name, size, calibrated = _parts(kind)
+    if name == "float32":
+        return params
+    how = optjax.Quantization(name, int(size)) if size else optjax.Quantization(name)
+    if not calibrated:
+        return optjax.quantize(params, how)
+    return optjax.gptq(params, windows(tokenizer, calibration, params.config.max_position_embeddings, WINDOWS), how)
 
 
 def _parts(kind: str) -> tuple[str, str, bool]:
@@ -129,23 +129,26 @@ def _parts(kind: str) -> tuple[str, str, bool]:
     return name, size, kind.endswith(CALIBRATED)
 
 
+def cut(args: argparse.Namespace, config: Any, name: str, tokens: list[int]) -> np.ndarray:
+    """A text's windows ``[N, T]``."""
+    length = min(config.max_position_embeddings, 2048)
+    if len(tokens) < length:
+        raise SystemExit(f"{name} has {len(tokens)} tokens, and a window {length}: name a longer text")
+    ids = np.asarray(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
+    if args.windows and len(ids) > args.windows:
+        ids = ids[np.linspace(0, len(ids) - 1, args.windows).round().astype(int)]
+    return ids
+
+
 def compare(
-    args: argparse.Namespace, params: Any, tokenizer: Any, models: dict[str, Any], name: str, text: str
+    args: argparse.Namespace, params: Any, models: dict[str, Any], name: str, ids: np.ndarray
 ) -> list[dict[str, Any]]:
     """The figures of each kind on a text; float32's own come first."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     import optjax
 
-    length = min(params.config.max_position_embeddings, 2048)
-    ids = np.asarray(tokenizer.encode(text), np.int32)
-    if len(ids) < length:
-        raise SystemExit(f"{name} has {len(ids)} tokens, and a window {length}: name a longer text")
-    ids = ids[: len(ids) // length * length].reshape(-1, length)
-    if args.windows and len(ids) > args.windows:
-        ids = ids[np.linspace(0, len(ids) - 1, args.windows).round().astype(int)]
     batches = [ids[i : i + args.batch_size] for i in range(0, len(ids), args.batch_size)]
 
     @partial(jax.jit, static_argnames="cached")

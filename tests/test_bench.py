@@ -182,7 +182,7 @@ def test_quantization_of_opt_mini(repository, shared_data, tmp_path):
     """int8 is as good as float32, of weights and of the cache, int4 nearly, and more so by GPTQ: on WikiText-2 and
     on a novel that opt-mini has not read."""
     file = tmp_path / "figures.json"
-    options = "--windows 8 --kinds float32+cache int8+cache int8 int4 nf4 int4+gptq".split()
+    options = "--windows 8 --kinds float32+cache int8+cache int8 int4 nf4 int4:32+gptq".split()
     printed = _run(repository, "bench.quantization", *options, "--json", file)
     results = json.loads(file.read_text())
     assert len({r["text"] for r in results}) == 2 and printed.count("| nf4 |") == 2
@@ -201,7 +201,7 @@ def test_quantization_of_opt_mini(repository, shared_data, tmp_path):
 
 def test_quantization_of_a_short_text_is_refused(repository, tmp_path):
     (tmp_path / "short.txt").write_text("The old house stood at the end of the road.")
-    program = [sys.executable, "-m", "bench.quantization", "--text", str(tmp_path / "short.txt")]
+    program = [sys.executable, "-m", "bench.quantization", "--kinds", "int8", "--text", str(tmp_path / "short.txt")]
     done = subprocess.run(program, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 1 and "short.txt has 12 tokens, and a window 512" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -205,6 +206,23 @@ def test_padding_batches_and_layouts(no_digits):
     assert codes_agree(unlike, wanted) < 0.95
 
 
+@pytest.mark.parametrize("head", ["causal_lm", "question_answering"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_bar_comes_to_its_end(monkeypatch, head, tied):
+    told = []
+
+    @contextmanager
+    def bar(total, description, show):
+        told.append(-total)
+        assert description == "quantizing to int4" and show
+        yield told.append
+
+    monkeypatch.setattr("optjax.quantization.calibrate.progress_bar", bar)
+    params = optjax.init_params(CONFIG.replace(tie_word_embeddings=tied), jax.random.key(0), head=head)
+    optjax.gptq(params, np.zeros((1, 4), int), progress=True)
+    assert len(told) > 13 and sum(told) == 0
+
+
 @pytest.mark.parametrize("axes", ["data=2,tensor=2", "fsdp=2,sequence=2,tensor=2"])
 def test_over_a_mesh(axes, no_digits):
     """The same codes, and each part of them where `quantize` has it."""
@@ -223,7 +241,8 @@ def test_other_heads_and_dtypes():
     ids = np.random.default_rng(0).integers(0, 64, (4, 12))
     for dtype, head in (("float16", "question_answering"), ("bfloat16", None)):
         params = optjax.init_params(CONFIG, jax.random.key(0), dtype, head)
-        made = optjax.gptq(params, ids, "nf4")
+        with jax.numpy_dtype_promotion("strict"):
+            made = optjax.gptq(params, ids, "nf4")
         like = jax.eval_shape(partial(optjax.quantize, quantization="nf4"), params)
         assert jax.tree.structure(made) == jax.tree.structure(like)
         assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(like), strict=True))
@@ -241,6 +260,8 @@ def test_other_heads_and_dtypes():
         (lambda p, ids: optjax.gptq(p, np.zeros((1, 40), int)), "40"),
         (lambda p, ids: optjax.gptq(p, ids, attention_mask=ids[:, :3]), "attention_mask"),
         (lambda p, ids: optjax.gptq(p, ids, attention_mask=np.zeros_like(ids)), "no text to go by"),
+        (lambda p, ids: optjax.gptq(optjax.abstract_params(CONFIG), ids), "or on abstract params"),
+        (lambda p, ids: jax.jit(optjax.gptq)(p, ids), "it cannot run inside jit"),
         (lambda p, ids: optjax.gptq(p, ids, batch_size=0), "batch_size should be an integer at least 1, not 0"),
         (lambda p, ids: optjax.gptq(jax.tree.map(lambda a: a * jnp.nan, p), ids), "what comes to project_in.weight is"),
     ],

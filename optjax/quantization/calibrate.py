@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optjax.attention import causal_mask
@@ -62,15 +63,19 @@ def gptq(
       progress: show a progress bar; by default for more than 1 GB on a terminal or in a notebook.
 
     Raises:
-      ValueError: what `quantize` refuses; ids, a mask or a batch size that make no sense; inputs of a matrix that are
-        not finite.
+      ValueError: what `quantize` refuses; abstract params; ids, a mask or a batch size that make no sense; inputs of a
+        matrix that are not finite.
     """
     made = check_quantizable(params, quantization)
+    leaves = jax.tree.leaves((params, ids, attention_mask))
+    if any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
+        raise ValueError("gptq goes by the numbers of params and ids: it cannot run inside jit, or on abstract params")
     check_placement(made, params.config, params.head, params.placement)
     windows = _windows(params.config, ids, attention_mask, batch_size)
     declared = declare(params.config, params.head)
     layers = params.config.num_hidden_layers
-    total = sum(4 * weight.size * (layers if weight.per_layer else 1) for weight in declared)
+    sizes = {weight: weight.size * (layers if weight.per_layer else 1) for weight in declared}
+    total = sum(4 * size for weight, size in sizes.items() if made.kind_of(weight) is not None)
     with progress_bar(total, f"quantizing to {made.kind}", progress) as advance:
         return _Walk(made, _Model(params.config, params.head, params.placement), declared, advance).of(params, windows)
 

@@ -42,7 +42,7 @@ def compensate(weight: jax.Array, gram: jax.Array, scales: jax.Array, *, kind: s
         # The last block is filled up with columns that are 0 and change nothing.
         more = -n % BLOCK
         rounded = jnp.pad(weight[order], ((0, more), (0, 0)))
-        factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(jnp.arange(n + more) >= n)
+        factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag((jnp.arange(n + more) >= n).astype(factor.dtype))
         groups = jnp.pad(groups, (0, more))
 
         def block(i: jax.Array, rounded: jax.Array) -> jax.Array:
