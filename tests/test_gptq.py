@@ -99,6 +99,15 @@ def test_a_gram_matrix_that_rounding_spoils():
     assert np.isfinite(found).all() and np.abs(found - weight).max() < 2
 
 
+def test_memory_of_a_matrix():
+    """Beside the Gram matrix two of its size, and four of the matrix; a quarter of one more for what is small."""
+    n_in, n_out = 512, 128
+    shapes = ((n_out, n_in), (n_in, n_in), (n_in // 64, n_out))
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = compensate.lower(*given, kind="int4", group_size=64).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * (2.3 * n_in**2 + 4 * n_in * n_out)
+
+
 # Matrices of one input.
 STAGES = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",))
 

@@ -56,7 +56,8 @@ def gptq(
       params: stacked or not, on a mesh or not. Layers are taken up one at a time, so leaves may be whatever reads
         itself from a file when it is made an array.
       ids: ``[N, T]`` int, text of the kind that the model will read. The paper takes 128 windows of 2048 tokens. The
-        hidden states of all are kept, 4 · N · T · D bytes; beside them a matrix's Gram matrix and two copies of it.
+        hidden states of all are kept, 4 · N · T · D bytes; beside them a matrix's Gram matrix and little more than two
+        copies of it, and four of the matrix, in float32.
       quantization: ``"int4"``, ``"nf4"``, ``"int8"``, or a `Quantization`.
       attention_mask: ``[N, T]`` bool or int; 0 where there is padding, which is not gone by. All ones by default.
       batch_size: windows that are read at a time.

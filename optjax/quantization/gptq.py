@@ -38,16 +38,15 @@ def compensate(weight: jax.Array, gram: jax.Array, scales: jax.Array, *, kind: s
         order = jnp.argsort(-jnp.diagonal(gram))
         groups = jnp.zeros(n, jnp.int32) if kind == "int8" else jnp.arange(n) // group_size
         scales, groups = jnp.atleast_2d(scales).astype(jnp.float32), groups[order]
-        factor = _factor(gram[order][:, order])
         # The last block is filled up with columns that are 0 and change nothing.
         more = -n % BLOCK
+        factor = _factor(gram, order, more)
         rounded = jnp.pad(weight[order], ((0, more), (0, 0)))
-        factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag((jnp.arange(n + more) >= n).astype(factor.dtype))
         groups = jnp.pad(groups, (0, more))
 
         def block(i: jax.Array, rounded: jax.Array) -> jax.Array:
             start = i * BLOCK
-            rows = jax.lax.dynamic_slice_in_dim(factor, start, BLOCK)
+            rows = jax.lax.dynamic_slice_in_dim(factor, n + more - BLOCK - start, BLOCK)[::-1, ::-1]
             own = jax.lax.dynamic_slice_in_dim(rows, start, BLOCK, axis=1)
             steps = scales[jax.lax.dynamic_slice_in_dim(groups, start, BLOCK)]
 
@@ -66,23 +65,26 @@ def compensate(weight: jax.Array, gram: jax.Array, scales: jax.Array, *, kind: s
         return jnp.zeros_like(rounded).at[order].set(rounded).T
 
 
-def _factor(gram: jax.Array) -> jax.Array:
-    """The upper triangular U with ``UᵀU`` the inverse of the Gram matrix, damped as far as it takes to have one."""
+def _factor(gram: jax.Array, order: jax.Array, more: int) -> jax.Array:
+    """The upper triangular U with ``UᵀU`` the inverse of the Gram matrix, damped as far as it takes to have one.
+
+    Of columns in their order, then as many ``more`` that are nothing; turned round, the last row and column first.
+    Beside the Gram matrix little more than two of its size are there at once.
+    """
     mean = jnp.diagonal(gram).mean()
-    mean, one = jnp.where(mean > 0, mean, 1.0), jnp.eye(gram.shape[0], dtype=gram.dtype)
+    mean = jnp.where(mean > 0, mean, 1.0)
+    at = jnp.concatenate([jnp.zeros(more, order.dtype), order[::-1]])
+    real = jnp.arange(at.size) >= more
 
     def lower(damp: jax.Array) -> jax.Array:
-        # Of the matrix turned round: its lower factor, turned back, is the upper one R of gram = R Rᵀ, and U = R⁻¹.
-        return jnp.linalg.cholesky((gram + damp * mean * one)[::-1, ::-1])
+        # Of the matrix turned round: its lower factor L, turned back, is the upper one R of gram = R Rᵀ, and U = R⁻¹.
+        turned = jnp.where(real[:, None] & real, gram[at[:, None], at], 0.0)
+        turned += jnp.where(real, damp * mean, 1.0) * jnp.eye(at.size, dtype=gram.dtype)
+        return jax.lax.linalg.cholesky(turned, symmetrize_input=False)
 
-    def fails(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        damp, made = state
-        return ~jnp.isfinite(made).all() & (damp < 1e3)
+    def fails(damp: jax.Array) -> jax.Array:
+        return ~jnp.isfinite(lower(damp)).all() & (damp < 1e3)
 
-    def harder(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        damp = state[0] * 10
-        return damp, lower(damp)
-
-    damp = jnp.float32(DAMP)
-    _, made = jax.lax.while_loop(fails, harder, (damp, lower(damp)))
-    return solve_triangular(made[::-1, ::-1], one, lower=False)
+    # Made once more when it is known to be one: as a part of the loop's state there would be several.
+    damp = jax.lax.while_loop(fails, lambda damp: damp * 10, jnp.float32(DAMP))
+    return solve_triangular(lower(damp), jnp.eye(at.size, dtype=gram.dtype), lower=True)
