@@ -18,6 +18,7 @@ import optjax
 from optjax import Quantization
 from optjax.cli import main
 from optjax.cli.calibration import windows
+from optjax.quantization import calibrate
 from optjax.quantization.codes import NF4, scales_of
 from optjax.quantization.gptq import compensate
 from optjax.quantization.weight import encode
@@ -213,6 +214,20 @@ def test_padding_batches_and_layouts(no_digits):
         assert codes_agree(made, wanted) > 0.99
     unlike = optjax.gptq(params, wide, Quantization("int4", 8))
     assert codes_agree(unlike, wanted) < 0.95
+
+
+def test_hidden_states_are_kept_once(monkeypatch):
+    """As a layer gives new ones, those that it was given go; of 6 batches there are 7 at most."""
+    most, run = [], calibrate._run
+
+    def counted(*given):
+        made = run(*given)
+        most.append(sum(array.shape == (2, 11, 16) for array in jax.live_arrays()))
+        return made
+
+    monkeypatch.setattr(calibrate, "_run", counted)
+    optjax.gptq(optjax.init_params(CONFIG, jax.random.key(0)), np.ones((12, 11), int), batch_size=2)
+    assert most[5] == 6 and max(most) == 7, most
 
 
 @pytest.mark.parametrize("head", ["causal_lm", "question_answering"])

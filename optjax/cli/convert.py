@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantize(add)
     text = (
         "text files of the kind that the model will read: --quantize then goes by what they bring (GPTQ), which in 4 "
-        "bits halves the error; it takes longer, and memory for the result and a layer"
+        "bits halves the error; it takes longer, and memory for the result, a layer, and the windows' hidden states"
     )
     add("--calibration", nargs="+", type=Path, metavar="FILE", help=text)
     text = f"windows of up to {LENGTH} tokens that are taken evenly from the texts (default: {WINDOWS})"

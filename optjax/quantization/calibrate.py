@@ -45,7 +45,7 @@ def gptq(
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> Params:
-    """`quantize` with a text to go by: in 4 bits less than half the error, in the same format and at the same speed.
+    """`quantize` with a text to go by: in 4 bits about half the error, in the same format and at the same speed.
 
     GPTQ (Frantar et al. 2022, section 3): each matrix is rounded column by column, and the columns still to come make
     good what that changes in its outputs, for the inputs that the text brings. A layer's inputs are what the quantized
@@ -130,7 +130,8 @@ class _Walk:
             layer = _arrays(params.layer(i))
             for stage in STAGES:
                 layer = self._rounded(model.layer, layer, stage, "layers.", states, masks)
-            states = [_run(model.layer, layer, *each) for each in zip(states, masks, strict=True)]
+            for n, mask in enumerate(masks):  # one in place of another: of all there would be two at the end of a layer
+                states[n] = _run(model.layer, layer, states[n], mask)
             layers.append(layer)
         if config.has_projections:
             outside = self._rounded(model.finish, outside, ("project_out",), "", states, masks)
