@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compilations import count_compilations
 from gptq_cases import CASES, matrix_and_inputs
 from hf_models import padded_masks, params_from, random_config, state_of, torch_model
 
@@ -214,6 +215,16 @@ def test_padding_batches_and_layouts(no_digits):
         assert codes_agree(made, wanted) > 0.99
     unlike = optjax.gptq(params, wide, Quantization("int4", 8))
     assert codes_agree(unlike, wanted) < 0.95
+
+
+def test_compiled_once():
+    """Another model of the same config compiles nothing."""
+    first, second = (optjax.init_params(CONFIG, jax.random.key(i)) for i in (0, 1))
+    ids = np.ones((2, 9), int)
+    optjax.gptq(first, ids)
+    with count_compilations() as count:
+        optjax.gptq(second, ids)
+    assert count.compiled == 0
 
 
 def test_hidden_states_are_kept_once(monkeypatch):

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # The matrices of a layer as its pass comes to them; those of a stage have the same inputs.
 STAGES = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",))
-# A part of the model: what it makes of its weights, its inputs and their mask.
-Part = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# A part of a model: what it makes of its weights, its inputs and their mask.
+Part = Callable[["_Model", Any, jax.Array, jax.Array], jax.Array]
 
 
 def gptq(
@@ -83,7 +83,8 @@ def gptq(
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """The parts of the model, each with its weights only. Hashable: programs are compiled once for all layers."""
+    """The parts of the model, each with its weights only. Hashable: programs are compiled once for all layers, and for
+    the next call. (Its methods are not: those of two equal models differ.)"""
 
     config: OPTConfig
     head: str | None
@@ -123,18 +124,18 @@ class _Walk:
             if is_table(weight):
                 outside = _put(outside, weight.path, partial(self._as_ever, weight))
         if config.has_projections:
-            outside = self._rounded(model.embed, outside, ("project_in",), "", ids, masks)
-        states = [_run(model.embed, outside, *each) for each in zip(ids, masks, strict=True)]
+            outside = self._rounded(_Model.embed, outside, ("project_in",), "", ids, masks)
+        states = [_run(_Model.embed, model, outside, *each) for each in zip(ids, masks, strict=True)]
         layers = []
         for i in range(config.num_hidden_layers):
             layer = _arrays(params.layer(i))
             for stage in STAGES:
-                layer = self._rounded(model.layer, layer, stage, "layers.", states, masks)
+                layer = self._rounded(_Model.layer, layer, stage, "layers.", states, masks)
             for n, mask in enumerate(masks):  # one in place of another: of all there would be two at the end of a layer
-                states[n] = _run(model.layer, layer, states[n], mask)
+                states[n] = _run(_Model.layer, model, layer, states[n], mask)
             layers.append(layer)
         if config.has_projections:
-            outside = self._rounded(model.finish, outside, ("project_out",), "", states, masks)
+            outside = self._rounded(_Model.finish, outside, ("project_out",), "", states, masks)
         result = dataclasses.replace(params, weights=outside | {"layers": layers})
         return stack_layers(result) if params.stacked else result
 
@@ -147,7 +148,7 @@ class _Walk:
     ) -> Any:
         """The weights of a part, those of a stage quantized for what comes to them."""
         path = f"{stage[0]}.weight"
-        grams = (_gram(part, weights, *each, path=path) for each in zip(inputs, masks, strict=True))
+        grams = (_gram(part, self.model, weights, *each, path=path) for each in zip(inputs, masks, strict=True))
         gram = self._whole(reduce(jnp.add, grams))
         if not bool(jnp.isfinite(gram).all()):
             raise ValueError(f"what comes to {prefix}{path} is not finite: these weights do not work as they are")
@@ -172,16 +173,16 @@ class _Walk:
         return array if placement is None else jax.device_put(array, NamedSharding(placement.mesh, PartitionSpec()))
 
 
-@partial(jax.jit, static_argnums=0)
-def _run(part: Part, weights: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
-    return part(weights, x, mask)
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(part: Part, model: _Model, weights: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+    return part(model, weights, x, mask)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="path")
-def _gram(part: Part, weights: Any, x: jax.Array, mask: jax.Array, *, path: str) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="path")
+def _gram(part: Part, model: _Model, weights: Any, x: jax.Array, mask: jax.Array, *, path: str) -> jax.Array:
     """``Σ x xᵀ`` ``[in, in]`` over the tokens that come to a matrix; what follows it in the pass is left out."""
     seen: list[jax.Array] = []
-    part(_put(weights, path, lambda weight: Observed(weight, seen.append)), x, mask)
+    part(model, _put(weights, path, lambda weight: Observed(weight, seen.append)), x, mask)
     (inputs,) = seen
     inputs = jnp.where(mask[..., None], inputs.astype(jnp.float32), 0.0)
     return jnp.einsum("bti,btj->ij", inputs, inputs, precision=jax.lax.Precision.HIGHEST)
