@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -284,6 +285,13 @@ def test_other_heads_and_dtypes():
         assert head is None or (made["qa_outputs"]["weight"] == params["qa_outputs"]["weight"]).all()
 
 
+def spoiled(params: optjax.Params) -> optjax.Params:
+    """One number of the last matrix is not finite, and nothing follows that would tell."""
+    *layers, last = params["layers"]
+    fc2 = last["fc2"] | {"weight": last["fc2"]["weight"].at[3, 5].set(jnp.inf)}
+    return dataclasses.replace(params, weights=params.weights | {"layers": [*layers, last | {"fc2": fc2}]})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -298,6 +306,7 @@ def test_other_heads_and_dtypes():
         (lambda p, ids: optjax.gptq(optjax.abstract_params(CONFIG), ids), "or on abstract params"),
         (lambda p, ids: jax.jit(optjax.gptq)(p, ids), "it cannot run inside jit"),
         (lambda p, ids: optjax.gptq(p, ids, batch_size=0), "batch_size should be an integer at least 1, not 0"),
+        (lambda p, ids: optjax.gptq(spoiled(p), ids), "layers.fc2.weight is not finite"),
         (lambda p, ids: optjax.gptq(jax.tree.map(lambda a: a * jnp.nan, p), ids), "what comes to project_in.weight is"),
     ],
 )
@@ -348,6 +357,16 @@ def test_windows(texts):
     np.testing.assert_array_equal(some[[0, -1]], all_of_them[[0, -1]])
     with pytest.raises(ValueError, match="the texts to go by are empty"):
         windows(tokenizer, ["", ""], 100, 3)
+    with pytest.raises(ValueError, match="a model of a single position"):
+        windows(tokenizer, ["one two three"], 1, 3)
+
+
+def test_a_model_without_a_tokenizer(tmp_path, texts, capsys):
+    optjax.save_params(optjax.init_params(CONFIG, jax.random.key(0)), tmp_path / "model")
+    words = ["convert", str(tmp_path / "model"), str(tmp_path / "made"), "--quantize", "int4"]
+    assert main([*words, "--calibration", str(texts[0])]) == 2
+    error = capsys.readouterr().err
+    assert "name one with --tokenizer" in error and "the result has none" not in error
 
 
 @pytest.mark.parametrize(

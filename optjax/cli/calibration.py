@@ -34,12 +34,14 @@ def windows(tokenizer: Tokenizer, texts: Iterable[str], positions: int, count: i
     """Ids ``[N, T]``: windows taken evenly from all texts, each behind a BOS as a text of its own would be.
 
     Args:
-      positions: of the model, if fewer than 2048 the length of a window.
+      positions: of the model, at least 2; if fewer than 2048 the length of a window.
       count: how many windows, or all if there are not as many. A single one may be shorter.
 
     Raises:
-      ValueError: no text at all.
+      ValueError: no text at all, or a model that has no place for one behind the BOS.
     """
+    if positions < 2:
+        raise ValueError("a model of a single position reads no text that could be gone by")
     ids = [id for text in texts for id in tokenizer.encode(text, add_special_tokens=False)]
     if not ids:
         raise ValueError("the texts to go by are empty")

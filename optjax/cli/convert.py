@@ -157,8 +157,6 @@ def _calibration(opened: Opened, tokenizer: list[Path], arguments: argparse.Name
     from optjax.tokenizer import Tokenizer
 
     texts = read_texts(arguments.calibration)
-    if not tokenizer:
-        raise UsageError("--calibration takes a tokenizer, and none is with the checkpoint; name one with --tokenizer")
     wanted = arguments.calibration_windows or WINDOWS
     return windows(Tokenizer.load(tokenizer[0].parent), texts, opened.config.max_position_embeddings, wanted)
 
@@ -186,6 +184,8 @@ def _tokenizer_files(path: Path, arguments: argparse.Namespace, replaces: bool) 
         raise FileNotFoundError(
             f"no tokenizer in {folder}: looked for {names.FULL}, or {names.VOCAB} and {names.MERGES}"
         )
+    if arguments.calibration is not None:
+        raise UsageError("--calibration takes a tokenizer, and none is with the checkpoint; name one with --tokenizer")
     if not arguments.quiet:
         kept = "what there is in DEST stays" if replaces else "the result has none"
         terminal.note(f"there is no tokenizer with the checkpoint: {kept}; --tokenizer names one")
@@ -234,7 +234,14 @@ def _tokenizer_writer(files: list[Path]) -> Callable[[Path], None]:
     # Of vocab.json and merges.txt alone transformers would make GPT-2's tokenizer, which puts no BOS before a text.
     from optjax.tokenizer import Tokenizer
 
-    return Tokenizer.load(files[0].parent).save
+    tokenizer = Tokenizer.load(files[0].parent)
+
+    def write(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as whole:
+            tokenizer.save(whole)
+            _copy(sorted(Path(whole).iterdir()), folder)
+
+    return write
 
 
 def _copy(files: list[Path], folder: Path) -> None:

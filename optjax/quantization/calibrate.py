@@ -64,8 +64,8 @@ def gptq(
       progress: show a progress bar; by default for more than 1 GB on a terminal or in a notebook.
 
     Raises:
-      ValueError: what `quantize` refuses; abstract params; ids, a mask or a batch size that make no sense; inputs of a
-        matrix that are not finite.
+      ValueError: what `quantize` refuses; abstract params; ids, a mask or a batch size that make no sense; a matrix or
+        inputs of one that are not finite.
     """
     made = check_quantizable(params, quantization)
     leaves = jax.tree.leaves((params, ids, attention_mask))
@@ -160,6 +160,8 @@ class _Walk:
     def _compensated(self, weight: Weight, gram: jax.Array, array: jax.Array) -> Any:
         how = {"kind": self.quantization.kind, "group_size": self.quantization.group_size}
         whole = self._whole(array)
+        if not bool(jnp.isfinite(whole).all()):
+            raise ValueError(f"{weight.path} is not finite in all its numbers")
         scales = scales_of(whole, **how)
         best = compensate(whole, gram, scales, **how)
         made = quantize_weight(self.quantization, weight, best, self.model.placement, array.dtype, scales)
