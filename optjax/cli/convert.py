@@ -35,7 +35,7 @@ which optjax loads: its codes, and a quantization_config in config.json).
 Read: safetensors and .bin, Flax .msgpack, TF .h5 (one file or many), metaseq .pt
 (consolidated, model-parallel parts, FSDP shards), Alpa's folder of arrays.
 Tensors pass through memory one at a time: a checkpoint may be larger than it.
-With --calibration the result stays in memory until it is written.
+With --calibration the result stays on the device until it is written.
 """
 EXAMPLES = """\
 examples:
