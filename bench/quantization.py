@@ -37,7 +37,7 @@ DATA = ROOT.parent / "shared" / "data"
 SAVED = ROOT / "bench" / "results" / "quantization.md"
 NOVEL = "Galsworthy_Man_1906"
 CALIBRATION = ("Dickens_Bleak_1853", "austen/emma")
-CALIBRATED = "+gptq"
+CALIBRATED, WINDOWS = "+gptq", 128
 CACHE = "+cache"  # what is said of a kind whose keys and values are in 8 bits as well
 KINDS = (
     *("float32+cache", "int8", "int8+cache", "int4", "int4:32", "nf4", "nf4:32"),
@@ -111,7 +111,6 @@ def shared_calibration():
 def make_model(params: Any, tokenizer: Any, kind: str, calibration: list[str]) -> Any:
     """The params of a kind."""
     import optjax
-    from optjax.cli.calibration import WINDOWS, windows
 
     name, size, calibrated = _parts(kind)
     if name == "float32":
@@ -119,7 +118,12 @@ def make_model(params: Any, tokenizer: Any, kind: str, calibration: list[str]) -
     how = optjax.Quantization(name, int(size)) if size else optjax.Quantization(name)
     if not calibrated:
         return optjax.quantize(params, how)
-    return optjax.gptq(params, windows(tokenizer, calibration, params.config.max_position_embeddings, WINDOWS), how)
+    # As `optjax convert --calibration` has them: each window behind a BOS.
+    length = min(params.config.max_position_embeddings, 2048) - 1
+    tokens = [id for text in calibration for id in tokenizer.encode(text, add_special_tokens=False)]
+    ids = np.asarray(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
+    ids = ids[np.linspace(0, len(ids) - 1, min(WINDOWS, len(ids))).round().astype(int)]
+    return optjax.gptq(params, np.pad(ids, ((0, 0), (1, 0)), constant_values=tokenizer.bos_token_id), how)
 
 
 def _parts(kind: str) -> tuple[str, str, bool]:
