@@ -121,8 +121,7 @@ def make_model(params: Any, tokenizer: Any, kind: str, calibration: list[str]) -
     # As `optjax convert --calibration` has them: each window behind a BOS.
     length = min(params.config.max_position_embeddings, 2048) - 1
     tokens = [id for text in calibration for id in tokenizer.encode(text, add_special_tokens=False)]
-    ids = np.asarray(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
-    ids = ids[np.linspace(0, len(ids) - 1, min(WINDOWS, len(ids))).round().astype(int)]
+    ids = evenly(tokens, length, WINDOWS)
     return optjax.gptq(params, np.pad(ids, ((0, 0), (1, 0)), constant_values=tokenizer.bos_token_id), how)
 
 
@@ -138,10 +137,13 @@ def cut(args: argparse.Namespace, config: Any, name: str, tokens: list[int]) -> 
     length = min(config.max_position_embeddings, 2048)
     if len(tokens) < length:
         raise SystemExit(f"{name} has {len(tokens)} tokens, and a window {length}: name a longer text")
+    return evenly(tokens, length, args.windows or len(tokens))
+
+
+def evenly(tokens: list[int], length: int, count: int) -> np.ndarray:
+    """``count`` windows of a text, or all if there are not as many."""
     ids = np.asarray(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
-    if args.windows and len(ids) > args.windows:
-        ids = ids[np.linspace(0, len(ids) - 1, args.windows).round().astype(int)]
-    return ids
+    return ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)]
 
 
 def compare(

@@ -132,7 +132,7 @@ def main() -> None:
     """Runs the job in FOLDER, with options and arguments of `make_job`, and a `death`: of `process`, by `signal`, once
     its `step`-th step is handed to the device, or as soon as a file `exists` (a pattern, in the folder)."""
     from optjax.sharding import initialize
-    from optjax.train import checkpoint
+    from optjax.train import checkpoint, run_file
 
     initialize()
     multihost_utils.reached_preemption_sync_point = _in_turn(multihost_utils.reached_preemption_sync_point)
@@ -147,7 +147,7 @@ def main() -> None:
             job = dataclasses.replace(job, step=_after(job.step, death["step"], die))
         else:
             threading.Thread(target=_once, args=(Path(folder), death["exists"], die), daemon=True).start()
-    checkpoint.remember_run(folder, job.about)  # as a script does that writes settings before the loop begins
+    run_file.remember_run(folder, job.about)  # as a script does that writes settings before the loop begins
     given = options(**changes)
     state = run(job, folder, given)
     whole = jax.jit(lambda tree: tree, out_shardings=state.step.sharding)(state)

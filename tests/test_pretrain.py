@@ -14,7 +14,7 @@ import pytest
 
 from optjax import OPTConfig, init_params
 from optjax.params import unstack_layers
-from optjax.train.checkpoint import Checkpoints, load_run
+from optjax.train.checkpoint import Checkpoints
 from optjax.train.data import text_batches, write_tokens
 from optjax.train.interrupt import STOPPED
 from optjax.train.job import LoopOptions
@@ -24,6 +24,7 @@ from optjax.train.optimizer import Recipe, decayed, learning_rate
 from optjax.train.options import StepOptions
 from optjax.train.pretrain import main
 from optjax.train.pretraining import Options, pretrain
+from optjax.train.run_file import load_run
 from optjax.train.state import init_state, train_step
 
 CONFIG = OPTConfig(

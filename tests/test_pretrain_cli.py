@@ -17,8 +17,8 @@ from processes import environments
 import optjax
 from optjax import OPTConfig
 from optjax.train import pack, pretrain, settings
-from optjax.train.checkpoint import load_run
 from optjax.train.data.store import read_about
+from optjax.train.run_file import load_run
 from optjax.train.sources import parse_source, tokenizer_of
 
 CONFIG = OPTConfig(

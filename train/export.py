@@ -45,7 +45,7 @@ def _check(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from .checkpoint import load_run
+    from .run_file import load_run
 
     parser = argparse.ArgumentParser(
         prog="python -m optjax.train.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoint import Checkpoints, remember_run
+from .checkpoint import Checkpoints
 from .divergence import Diverged, Event, Memory, Spikes, observe, remembered, rolled_back
 from .interrupt import Interrupt
 from .job import Job, LoopOptions
 from .log import Log
 from .meter import Meter
 from .report import try_report
+from .run_file import remember_run
 from .trace import Trace
 from .tracking import make_trackers
 

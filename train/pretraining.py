@@ -15,7 +15,6 @@ from optjax.config import OPTConfig
 from optjax.params import Params, init_params
 from optjax.sharding import make_mesh
 
-from .checkpoint import remember_run
 from .data import open_text, text_batches
 from .data.store import check_tokenizers, read_about
 from .data.text import Sources, with_weights
@@ -25,6 +24,7 @@ from .loss import evaluate
 from .optimizer import Recipe
 from .options import PLAIN, StepOptions
 from .placing import rows
+from .run_file import remember_run
 from .settings import write as write_settings
 from .state import TrainState, abstract_state, check_batch, compile_step, init_state
 from .stepping import model_flops, step_function

@@ -72,7 +72,7 @@ def _said_of_head(config: OPTConfig, folder: Path) -> OPTConfig:
     is passed for the sizes."""
     try:
         return OPTConfig.from_json(folder)
-    except Exception:  # none is there, or one that a config is passed in place of
+    except (OSError, ValueError):  # none is there, or one that a config is passed in place of
         return config
 
 

@@ -18,7 +18,7 @@ from optjax import OPTConfig, Params, Tokenizer
 from optjax.sharding import initialize
 
 from .. import settings
-from ..checkpoint import remember_run, restore_best
+from ..checkpoint import restore_best
 from ..data import open_examples
 from ..export import export
 from ..flags import step_options
@@ -26,6 +26,7 @@ from ..interrupt import STOPPED
 from ..job import Job
 from ..loop import run
 from ..placing import rows
+from ..run_file import remember_run
 from ..state import check_batch
 from ..stepping import model_flops
 from . import flags
