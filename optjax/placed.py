@@ -25,6 +25,15 @@ def platform(placement: Placement | None) -> str:
     return jax.default_backend() if placement is None else placement.platform
 
 
+def compute_capability(placement: Placement | None) -> float | None:
+    """That of the NVIDIA GPU that the params are on; None on any other device."""
+    device = jax.local_devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):  # a GPU of AMD has a name there
+        return None
+
+
 def parts(placement: Placement | None, size: int, axis: str) -> int:
     """The number of parts that a dimension of an activation is split into, by its logical axis."""
     return 1 if placement is None else placement.parts(size, axis)

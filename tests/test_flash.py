@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 from hf_models import assert_close, padded_masks, params_from, random_config, state_of, torch_model
 
 import optjax
+from optjax.kernels import choice
 from optjax.kernels.choice import interpreted
+from optjax.placed import compute_capability
 from optjax.sharding import make_mesh
 
 # No multiple of a block.
@@ -121,6 +125,31 @@ def test_what_is_chosen():
         assert kind(params=half) == "flash" and kind(params=half, cache=True) == "eager"
         with jax.enable_x64(True):
             assert kind(params=half) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [("7.0", "eager"), ("7.5", "eager"), ("8.0", "flash"), ("12.0", "flash")]
+)
+def test_an_old_gpu_has_no_kernels(monkeypatch, capability, chosen):
+    """XLA refuses Triton kernels on a T4 or V100."""
+    params, _, _, _ = model(4)
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), params)
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(choice, "platform", lambda placement: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert optjax.attention_kind(half, ROWS, 300) == chosen
+    if chosen == "eager":
+        with pytest.raises(ValueError, match=f"need compute capability 8.0 or more, .* of {capability}"):
+            optjax.attention_kind(half, ROWS, 300, attn_implementation="flash")
+
+
+def test_the_compute_capability_is_that_of_the_params():
+    def placed_on(**attributes):
+        return SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(**attributes)])))
+
+    assert compute_capability(placed_on(compute_capability="8.9")) == 8.9
+    assert compute_capability(placed_on(compute_capability="gfx942")) is None
+    assert compute_capability(placed_on()) is compute_capability(None) is None
 
 
 def test_flash_is_refused_where_it_cannot_be_had():

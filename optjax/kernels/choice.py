@@ -14,7 +14,7 @@ from optjax.attention import FEW_QUERIES
 from optjax.cache import Cache
 from optjax.config import OPTConfig
 from optjax.params import Params
-from optjax.placed import parts, platform
+from optjax.placed import compute_capability, parts, platform
 
 if TYPE_CHECKING:
     from optjax.sharding import Placement
@@ -32,6 +32,8 @@ LANES = 128
 # What the kernels take; the plain path takes anything.
 _DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
 _HEAD_DIM = {"tpu": 256, "gpu": 128}
+# XLA compiles Triton kernels for Ampere and later; T4 and V100 are older.
+_CAPABILITY = 8.0
 
 # "tpu" or "gpu": see `interpreted`.
 _interpreted: str | None = None
@@ -56,10 +58,11 @@ def attention_kind(
     """What attention of a pass will be: ``"flash"`` or ``"eager"``; nothing is compiled or run.
 
     ``"auto"``, the default but for training, is ``"flash"`` on TPU and GPU for 256 queries of a row and more, where the
-    kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32). On TPU it is so
-    for up to 8 queries of a row, too, over a cache of 512 columns and more that are a multiple of 128, as in a step of
-    decoding (`generate` makes its cache so): that kernel reads the columns that a row has, no more. It is never so on
-    CPU. For forward-mode derivatives ask for ``"eager"``: kernels have none.
+    kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32; nor is it on
+    GPUs before Ampere, such as T4). On TPU it is so for up to 8 queries of a row, too, over a cache of 512 columns and
+    more that are a multiple of 128, as in a step of decoding (`generate` makes its cache so): that kernel reads the
+    columns that a row has, no more. It is never so on CPU. For forward-mode derivatives ask for
+    ``"eager"``: kernels have none.
 
     Args:
       queries: T, the tokens of a row in this pass: those of a prompt, or of a record to train on; 1 of a step.
@@ -150,9 +153,10 @@ def settle(
     """
     if check_implementation(name) == "eager":
         return "eager"
+    old = None if _interpreted or on is not None else _too_old(placement)
     on = kernel_platform(placement) if on is None else _interpreted or on
     kernel, small = "flash", shape[1] < MANY_QUERIES
-    problem = odd or for_few or _problem(config, placement, dtype, shape, on, has_past, one_column)
+    problem = odd or for_few or old or _problem(config, placement, dtype, shape, on, has_past, one_column)
     if flat is not None and not odd and _has_kernel_for_few(config, placement, dtype, shape[1], flat, on):
         kernel, small, problem = "decode", flat[0] < MANY_COLUMNS, None
     if name == "flash":
@@ -184,6 +188,15 @@ def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_colum
     if not one_column:
         return "the rows are in different columns of the cache"
     return None
+
+
+def _too_old(placement: Placement | None) -> str | None:
+    capability = compute_capability(placement)
+    if capability is None or capability >= _CAPABILITY:
+        return None
+    return (
+        f"on GPU the kernels need compute capability {_CAPABILITY} or more, and these params are on one of {capability}"
+    )
 
 
 def _has_kernel_for_few(config, placement, dtype, tokens: int, flat: tuple[int, Any], on: str) -> bool:
