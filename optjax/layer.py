@@ -15,7 +15,8 @@ from optjax.attention_blocks import attend_all_keys_in_blocks, attend_in_blocks
 from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
-from optjax.kernels.flash import Decode, Flash
+from optjax.kernels.decode import Decode
+from optjax.kernels.flash import Flash
 from optjax.lora.weight import AdaptedWeight, with_dropout
 from optjax.params import wider
 from optjax.placed import Resident, cast, constrain, constrain_both, gather, platform

@@ -17,8 +17,9 @@ from optjax.attention import causal_mask
 from optjax.attention_blocks import block_of_queries
 from optjax.cache import Cache, write_mask
 from optjax.declaration import logical_axes
-from optjax.kernels.choice import flat_cache, rounded_cache, settle, spread_by_hand
-from optjax.kernels.flash import Decode, Flash
+from optjax.kernels.choice import cache_for_few, rounded_cache, settle, spread_by_hand
+from optjax.kernels.decode import Decode
+from optjax.kernels.flash import Flash
 from optjax.layer import decoder_layer, layer_norm, linear
 from optjax.lora.weight import with_dropout
 from optjax.offloading import bring
@@ -169,8 +170,9 @@ def with_attention(params: Params, inputs: Inputs, name: str, output_attentions:
 def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str:
     """The kind of attention of a pass, as `settle` says."""
     tokens, cache = inputs.ids if inputs.ids is not None else inputs.embeds, inputs.cache
-    flat = None if cache is None or inputs.no_past else flat_cache(cache, tokens.shape[1])
-    odd = for_few = None
+    for_few = odd = not_for_many = None
+    if cache is not None and not inputs.no_past:
+        for_few = cache_for_few(params.placement, cache, tokens.shape[1])
     if output_attentions:
         odd = "it gives no attention weights, and output_attentions asks for them"
     elif inputs.head_mask is not None:
@@ -178,9 +180,9 @@ def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str
     elif inputs.dropout_key is not None and params.config.attention_dropout > 0:
         odd = f"it has no dropout, and attention_dropout is {params.config.attention_dropout}"
     elif inputs.visible is not None:
-        for_few = "each token attends to columns of its own"
+        not_for_many = "each token attends to columns of its own"
     elif cache is not None:
-        for_few = rounded_cache(cache.dtype)
+        not_for_many = rounded_cache(cache.dtype)
     return settle(
         inputs.attn_implementation,
         params.config,
@@ -189,9 +191,9 @@ def attention_of(params: Params, inputs: Inputs, output_attentions: bool) -> str
         tokens.shape[:2],
         has_past=cache is not None and not inputs.no_past,
         one_column=cache is None or jnp.ndim(cache.index) == 0,
-        flat=flat,
-        odd=odd,
         for_few=for_few,
+        odd=odd,
+        not_for_many=not_for_many,
     )
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 from tpu_compiler import ask
@@ -64,6 +65,24 @@ def test_an_int8_cache_is_read_as_it_is(programs, chip):
     assert saved == pytest.approx(floats["cache"] - codes["cache"], rel=0.01)
 
 
+def test_a_gpus_kernel_reads_the_cache_as_it_lies(programs):
+    """Also in the loop of `generate`; what it leaves to be put together is small."""
+    if "h100 step" not in programs:
+        pytest.skip("no GPU compiler: the jax-cuda12-pjrt wheel is not installed")
+    for name in ("h100 step", "h100 int8 step", "h100 loop"):
+        made = programs[name]
+        assert made["kernels"] == LAYERS, name
+        assert made["copies"] == 0, name
+    assert programs["h100 step"]["temporary"] < 0.1 * programs["h100 bfloat16"]["temporary"]
+
+
+def test_an_old_gpu_gets_no_kernel(programs):
+    """Its compiler refuses them."""
+    if "t4 step" not in programs:
+        pytest.skip("no GPU compiler: the jax-cuda12-pjrt wheel is not installed")
+    assert programs["t4 step"]["kernels"] == programs["t4 loop"]["kernels"] == 0
+
+
 @pytest.mark.parametrize("weights", ["plain", "int8"])
 def test_one_row_on_a_gpu_copies_no_weight(programs, weights):
     """With or without XLA's Triton products. cuBLAS alone would have the table in float32, and all codes."""
@@ -100,7 +119,8 @@ def report(compiled, body_of_loop: bool = False) -> dict:
     entry = next(part for part in computations if part.startswith("ENTRY"))
     part = entry
     if body_of_loop:
-        [loop] = [line for line in entry.splitlines() if " while(" in line and BUFFER in line]
+        loops = [line for line in entry.splitlines() if " while(" in line]
+        [loop] = [line for line in loops if BUFFER in line or IN_HEADS in line]
         name = re.search(r"body=(%[\w.]+)", loop)
         assert name is not None
         part = next(part for part in computations if part.startswith(name[1] + " "))
@@ -111,10 +131,48 @@ def report(compiled, body_of_loop: bool = False) -> dict:
         "aliased": memory.alias_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "copies": sum(re.search(r"\b(copy|transpose)\(", line) is not None for line in lines),
-        "kernels": sum("tpu_custom_call" in line and "decode_attention" in line for line in part.splitlines()),
+        "kernels": sum(" custom-call(" in line and "decode_attention" in line for line in part.splitlines()),
         "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
         "bfloat16 maxima": len(re.findall(rf"= \(bf16\[{ROWS}\]\S* s32\[{ROWS}\]\S*\) (?:reduce|fusion)\(", text)),
     }
+
+
+def on_gpus(config) -> dict:
+    """Programs of GPUs with kernels and without: of an H100, and of a T4, which is described by what sets it apart."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    import optjax
+    from optjax.generation.decode import _decode_step
+    from optjax.generation.loop import run_generate
+    from optjax.generation.settings import as_settings
+    from optjax.sharding import make_mesh
+    from optjax.sharding.plan import devices
+
+    h100 = (Path(devices.__file__).with_name("gpus") / "h100.txtpb").read_text()
+    t4 = h100.replace("{ major: 9 feature_extension: ACCELERATED_FEATURES }", "{ major: 7 minor: 5 }")
+    assert t4 != h100
+    found = {}
+    for name, described in (("h100", h100), ("t4", t4)):
+        there = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=described)
+        mesh = make_mesh("", list(there.devices))
+
+        def place(tree, mesh=mesh):
+            whole = jax.NamedSharding(mesh, jax.P())
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+        params = optjax.abstract_params(config, jnp.bfloat16, mesh=mesh)
+        for step, dtype in (("step", "bfloat16"), ("int8 step", "int8")):
+            empty = jax.eval_shape(lambda: optjax.init_cache(config, ROWS, COLUMNS, dtype, layout="heads"))  # noqa: B023
+            ids = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+            found[f"{name} {step}"] = report(_decode_step.lower(params, place(ids), place(empty)).compile())
+        prompt = [place(jax.ShapeDtypeStruct((ROWS, 512), dtype)) for dtype in (jnp.int32, jnp.bool_)]
+        number = place(jax.ShapeDtypeStruct((), jnp.int32))
+        settings = place(as_settings(config, {}))
+        loop = run_generate.lower(params, *prompt, settings, None, number, room=COLUMNS - 512).compile()
+        found[f"{name} loop"] = report(loop, body_of_loop=True)
+    return found
 
 
 def main() -> None:
@@ -172,6 +230,7 @@ def main() -> None:
         compiled = _decode_step.lower(params, ids, place(empty), "eager").compile()
         found[f"{name.split(':')[0]} {dtype}"] = report(compiled) | {"cache": size}
     if "h100 int8" in found:
+        found |= on_gpus(config)
         one = jax.eval_shape(lambda: optjax.init_cache(config, 1, COLUMNS, jnp.bfloat16, layout="heads"))
         ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=there)
         for weights, some in (("plain", params), ("int8", optjax.quantize(params, "int8"))):

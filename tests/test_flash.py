@@ -138,6 +138,7 @@ def test_an_old_gpu_has_no_kernels(monkeypatch, capability, chosen):
     monkeypatch.setattr(choice, "platform", lambda placement: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert optjax.attention_kind(half, ROWS, 300) == chosen
+    assert optjax.attention_kind(half, ROWS, 1, cache=True) == chosen
     if chosen == "eager":
         with pytest.raises(ValueError, match=f"need compute capability 8.0 or more, .* of {capability}"):
             optjax.attention_kind(half, ROWS, 300, attn_implementation="flash")
@@ -171,6 +172,8 @@ def test_flash_is_refused_where_it_cannot_be_had():
         refused("int8", optjax.prefill, ids, mask, max_length=LENGTH, cache_dtype="int8")
         refused("int8", optjax.generate, ids, max_new_tokens=2, cache_dtype="int8")
     with interpreted("gpu"):
-        refused("has a past", optjax.generate, ids, max_new_tokens=2, prefill_chunk_size=8)
+        refused(
+            "many tokens over a cache that has a past", optjax.generate, ids, max_new_tokens=2, prefill_chunk_size=8
+        )
         with jax.enable_x64(True):
             refused("jax_enable_x64", optjax.forward, ids)

@@ -1,4 +1,4 @@
-"""The kernel that reads a cache for few tokens, interpreted on the CPU: beside transformers and the plain path."""
+"""The kernels that read a cache for few tokens, interpreted on the CPU: beside transformers and the plain path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import optjax
 from optjax.attention import attend as attend_plainly
 from optjax.cache_codes import Codes, encode
 from optjax.generation import prompt, speculative
-from optjax.kernels import choice, decode
+from optjax.kernels import choice, decode_gpu, decode_tpu
 from optjax.kernels.choice import MANY_COLUMNS, good_columns, interpreted
 from optjax.sharding import make_mesh
 
@@ -21,51 +21,93 @@ from optjax.sharding import make_mesh
 COLUMNS = 640
 
 
-def arrays(seed: int, rows: int, tokens: int, heads: int, head_dim: int, coded: bool = False):
-    """Queries, keys and values, a mask with a beginning and an end for each row, and the buffers of the kernel."""
+both = pytest.mark.parametrize("on", ["tpu", "gpu"])
+
+
+def arrays(seed: int, rows: int, tokens: int, heads: int, head_dim: int, on: str, coded: bool = False):
+    """Queries, keys and values in a platform's layout, a mask with a beginning and an end for each row, and the buffers
+    of the kernel."""
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(rows, tokens, heads, head_dim)).astype(np.float32)
-    k, v = (rng.normal(size=(rows, COLUMNS, heads, head_dim)).astype(np.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(rows, COLUMNS, heads, head_dim)), jnp.float32) for _ in range(2))
     bounds = np.sort(rng.integers(0, COLUMNS, size=(rows, 2)), axis=1)
     columns = np.arange(COLUMNS)
     mask = (columns >= bounds[:, :1]) & (columns <= bounds[:, 1:])
     mask = mask[:, None] & (rng.random((rows, tokens, COLUMNS)) < 0.8)
     mask[np.arange(rows), :, bounds[:, 0]] = True  # no query sees nothing
-    k, v = (jnp.asarray(x) for x in (k, v))
+
+    def laid_out(x):
+        return x.reshape(rows, COLUMNS, -1) if on == "tpu" else x.swapaxes(1, 2)
+
     if coded:
-        k, v = (Codes(codes.reshape(rows, COLUMNS, -1), scales.swapaxes(1, 2)) for codes, scales in map(encode, (k, v)))
+        k, v = (Codes(laid_out(codes), scales.swapaxes(1, 2)) for codes, scales in map(encode, (k, v)))
         buffers = [k.codes, k.scales, v.codes, v.scales]
     else:
-        buffers = k, v = [x.reshape(rows, COLUMNS, -1) for x in (k, v)]
+        buffers = k, v = [laid_out(x) for x in (k, v)]
     return jnp.asarray(q), k, v, mask, buffers
 
 
-def attend(q, mask, buffers):
+def attend(q, mask, buffers, on):
     b, t, _, k = q.shape
-    return decode.attend(q.reshape(b, t, -1), jnp.asarray(mask), buffers, head_dim=k, interpret=True)
+    if on == "gpu":
+        return decode_gpu.attend(q, jnp.asarray(mask), buffers, interpret=True).reshape(b, t, -1)
+    return decode_tpu.attend(q.reshape(b, t, -1), jnp.asarray(mask), buffers, head_dim=k, interpret=True)
 
 
+@both
 @pytest.mark.parametrize("coded", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize(
     ("rows", "tokens", "heads", "head_dim"), [(1, 1, 3, 4), (4, 1, 12, 8), (3, 1, 8, 16), (3, 3, 5, 6), (2, 8, 16, 5)]
 )
-def test_as_the_plain_path(rows, tokens, heads, head_dim, coded):
-    q, k, v, mask, buffers = arrays(rows + tokens, rows, tokens, heads, head_dim, coded)
-    expected, _ = attend_plainly(q, k, v, jnp.asarray(mask)[:, None], layout="flat")
-    np.testing.assert_allclose(attend(q, mask, buffers), expected, rtol=2e-5, atol=2e-5)
+def test_as_the_plain_path(rows, tokens, heads, head_dim, coded, on):
+    q, k, v, mask, buffers = arrays(rows + tokens, rows, tokens, heads, head_dim, on, coded)
+    layout = "flat" if on == "tpu" else "heads"
+    expected, _ = attend_plainly(q, k, v, jnp.asarray(mask)[:, None], layout=layout)
+    np.testing.assert_allclose(attend(q, mask, buffers, on), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 128, 300, 515, 1100])
+def test_columns_that_no_block_divides(columns):
+    """On GPU any will do; of wide heads a block has fewer."""
+    for heads, head_dim in ((2, 4), (1, 80)):
+        rng = np.random.default_rng(columns)
+        q = jnp.asarray(rng.normal(size=(2, 2, heads, head_dim)), jnp.float32)
+        k, v = (jnp.asarray(rng.normal(size=(2, heads, columns, head_dim)), jnp.float32) for _ in range(2))
+        mask = rng.random((2, 2, columns)) < 0.5
+        mask[..., -1] = True
+        expected, _ = attend_plainly(q, k, v, jnp.asarray(mask)[:, None], layout="heads")
+        np.testing.assert_allclose(attend(q, mask, [k, v], "gpu"), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_a_row_costs_its_own_columns():
-    """Blocks in which a row looks at nothing are not read: what lies there would be seen."""
-    q, _, _, mask, buffers = arrays(0, 4, 1, 4, 8)
-    expected = attend(q, mask, buffers)
+    """On TPU blocks in which a row looks at nothing are not read: what lies there would be seen."""
+    q, _, _, mask, buffers = arrays(0, 4, 1, 4, 8, "tpu")
+    expected = attend(q, mask, buffers, "tpu")
     used = mask.any(1).reshape(4, 5, 128).any(2)
     first, last = used.argmax(1), 4 - used[:, ::-1].argmax(1)
     assert (last - first < 4).any()
     block = np.arange(COLUMNS) // 128
     read = (block >= first[:, None]) & (block <= last[:, None])
     poisoned = [jnp.where(read[..., None], x, jnp.nan) for x in buffers]
-    np.testing.assert_array_equal(attend(q, mask, poisoned), expected)
+    np.testing.assert_array_equal(attend(q, mask, poisoned, "tpu"), expected)
+
+
+def test_a_row_costs_its_own_columns_on_gpu():
+    """To the column: none before the first that it looks at, none after the last."""
+    q, _, _, mask, buffers = arrays(0, 4, 1, 4, 8, "gpu")
+    expected = attend(q, mask, buffers, "gpu")
+    used = mask.any(1)
+    read = (np.cumsum(used, axis=1) > 0) & (np.cumsum(used[:, ::-1], axis=1)[:, ::-1] > 0)
+    assert (read.sum(1) < COLUMNS).all()
+    poisoned = [jnp.where(read[:, None, :, None], x, jnp.nan) for x in buffers]
+    np.testing.assert_array_equal(attend(q, mask, poisoned, "gpu"), expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "columns", "wanted"), [(12, 2048, 16), (96, 2048, 6), (256, 2048, 2), (1024, 2048, 1), (12, 200, 1)]
+)
+def test_a_head_is_shared_where_there_are_few(heads, columns, wanted):
+    assert decode_gpu.parts(heads, columns, decode_gpu.block_of_columns(64)) == wanted
 
 
 def test_each_block_is_fetched_once():
@@ -74,19 +116,20 @@ def test_each_block_is_fetched_once():
     for rows in (1, 2, 5):
         first, last = np.sort(rng.integers(0, 6, size=(2, rows)), axis=0)
         steps = [(row, i) for row in range(rows) for i in range(6)]
-        there = [tuple(map(int, decode.fetched(row, i, first, last, rows))) for row, i in steps]
+        there = [tuple(map(int, decode_tpu.fetched(row, i, first, last, rows))) for row, i in steps]
         fetches = [each for each, before in zip(there, [None, *there], strict=False) if each != before]
         assert fetches == [(row, i) for row in range(rows) for i in range(first[row], last[row] + 1)]
         used = [at for at, (row, i) in zip(there, steps, strict=True) if first[row] + i <= last[row]]
         assert used == fetches
 
 
-def test_a_row_that_sees_nothing_gets_the_mean():
+@both
+def test_a_row_that_sees_nothing_gets_the_mean(on):
     """As by softmax over what is all masked: finite, whatever else is in the batch."""
-    q, _, _, mask, buffers = arrays(1, 3, 1, 4, 8)
+    q, _, _, mask, buffers = arrays(1, 3, 1, 4, 8, on)
     mask[1] = False
-    found = attend(q, mask, buffers)
-    np.testing.assert_allclose(found[1, 0], buffers[1][1].mean(0), rtol=1e-4, atol=1e-5)
+    found = attend(q, mask, buffers, on)
+    np.testing.assert_allclose(found[1, 0], buffers[1][1].mean(-2).ravel(), rtol=1e-4, atol=1e-5)
     assert np.isfinite(found).all()
 
 
@@ -98,15 +141,16 @@ def model(seed: int):
     return params_from(state_of(theirs), config, "causal_lm"), theirs, ids, padded_masks(rng, 3, 11)
 
 
-@pytest.fixture
-def on_tpu(monkeypatch):
-    """As on a TPU with a long cache: flat, in columns of the kernel's blocks, which it reads from the first on."""
-    monkeypatch.setattr(optjax.cache, "default_layout", lambda _: "flat")
+@pytest.fixture(params=["tpu", "gpu"])
+def kernel(request, monkeypatch):
+    """As on a TPU or GPU with a long cache, in the layout and the columns of the kernel; what it is called with."""
+    on, module = request.param, {"tpu": decode_tpu, "gpu": decode_gpu}[request.param]
+    monkeypatch.setattr(optjax.cache, "default_layout", lambda _: "flat" if on == "tpu" else "heads")
     monkeypatch.setattr(choice, "MANY_COLUMNS", 1)
     calls = []
-    attend = decode.attend
-    monkeypatch.setattr(decode, "attend", lambda q, *rest, **options: calls.append(q) or attend(q, *rest, **options))
-    with interpreted("tpu"):
+    attend = module.attend
+    monkeypatch.setattr(module, "attend", lambda q, *rest, **options: calls.append(q) or attend(q, *rest, **options))
+    with interpreted(on):
         yield calls
 
 
@@ -121,17 +165,17 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_generate(on_tpu, name):
+def test_generate(kernel, name):
     params, _, ids, mask = model(3)
     options = {"attention_mask": mask, "max_new_tokens": 9, "eos_token_id": [3]} | STRATEGIES[name]
     found = optjax.generate(params, ids, **options)
-    assert on_tpu
-    on_tpu.clear()
+    assert kernel
+    kernel.clear()
     np.testing.assert_array_equal(found, optjax.generate(params, ids, **options, attn_implementation="eager"))
-    assert not on_tpu
+    assert not kernel
 
 
-def test_generate_as_transformers(on_tpu):
+def test_generate_as_transformers(kernel):
     params, theirs, ids, mask = model(4)
     mask = np.sort(mask, axis=1)  # padded on the left, as transformers takes them
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
@@ -139,10 +183,10 @@ def test_generate_as_transformers(on_tpu):
         expected = theirs.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **options).numpy()
     found = optjax.generate(params, ids, attention_mask=mask, max_new_tokens=12, eos_token_id=[])
     np.testing.assert_array_equal(found, expected)
-    assert on_tpu
+    assert kernel
 
 
-def test_decode_step(on_tpu, caplog):
+def test_decode_step(kernel, caplog):
     """A token in each row after prompts padded on the right, whose padding is never looked at."""
     params, theirs, ids, mask = model(5)
     mask = np.sort(mask, axis=1)[:, ::-1].copy()
@@ -152,7 +196,7 @@ def test_decode_step(on_tpu, caplog):
         _, cache = optjax.prefill(params, ids, mask, max_length=16)
         caplog.set_level("INFO", "optjax.model")
         logits[kind], cache = optjax.decode_step(params, new, cache, attn_implementation=kind)
-        assert (kind == "flash") == bool(on_tpu)
+        assert (kind == "flash") == bool(kernel)
         assert caplog.messages[-1] == f"attention of 1 tokens in each of 3 rows: {kind}"
     np.testing.assert_allclose(logits["flash"], logits["eager"], rtol=1e-4, atol=1e-4)
     whole, all_real = np.concatenate([ids, new[:, None]], 1), np.concatenate([mask, np.ones((3, 1), mask.dtype)], 1)
@@ -162,7 +206,7 @@ def test_decode_step(on_tpu, caplog):
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_gradients_are_those_of_the_plain_path(on_tpu, dtype):
+def test_gradients_are_those_of_the_plain_path(kernel, dtype):
     """Of a step's logits, with respect to what it is given and to the weights."""
     params, _, ids, mask = model(8)
     embeds = jax.random.normal(jax.random.key(0), (3, 2, params.config.embed_dim))
@@ -174,12 +218,12 @@ def test_gradients_are_those_of_the_plain_path(on_tpu, dtype):
         return jnp.square(out.logits).mean()
 
     found, expected = (jax.grad(loss, argnums=(0, 1))(params, embeds, kind) for kind in ("auto", "eager"))
-    assert on_tpu
+    assert kernel
     for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-6)
 
 
-def test_on_a_mesh_each_device_has_its_rows_and_heads(on_tpu):
+def test_on_a_mesh_each_device_has_its_rows_and_heads(kernel):
     config = optjax.OPTConfig(
         vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=16, word_embed_proj_dim=32,
         max_position_embeddings=64,
@@ -189,12 +233,12 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(on_tpu):
     options = {"attention_mask": mask, "max_new_tokens": 8, "eos_token_id": []}
     expected = optjax.generate(optjax.init_params(config, jax.random.key(0)), ids, **options)
     mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
-    on_tpu.clear()
+    kernel.clear()
     spread = optjax.init_params(config, jax.random.key(0), mesh=mesh)
     for dtype in (None, "int8"):
         found = optjax.generate(spread, ids, cache_dtype=dtype, **options)
         np.testing.assert_array_equal(found, expected)
-    assert {q.shape for q in on_tpu} == {(1, 1, 16)}
+    assert {(q.shape[0], q.shape[1], q.size) for q in kernel} == {(1, 1, 16)}
 
 
 def test_few_tokens_after_an_int8_prefix(monkeypatch):
@@ -231,7 +275,15 @@ def test_what_is_chosen():
 
     assert kind() == "eager"  # on the CPU
     with interpreted("gpu"):
-        assert kind() == "eager"
+        assert kind(layout="flat") == "eager"
+        assert kind(layout="heads") == kind(8, layout="heads") == kind(columns=513, layout="heads") == "flash"
+        assert kind(dtype="int8", layout="heads") == kind(dtype="float16", layout="heads") == "flash"
+        assert optjax.attention_kind(params, 3, 1, cache=True) == "flash"
+        assert kind(9, layout="heads") == kind(columns=511, layout="heads") == "eager"
+        assert kind(columns=511, layout="heads", attn_implementation="flash") == "flash"
+        assert kind(layout="heads", attn_implementation="eager") == "eager"
+        wider = optjax.abstract_params(config.replace(hidden_size=config.num_attention_heads * 136))
+        assert optjax.attention_kind(wider, 3, 1, cache=True) == "eager"
     with interpreted("tpu"):
         assert kind() == kind(8) == kind(dtype="int8") == kind(columns=2048) == "flash"
         assert optjax.attention_kind(params, 3, 1, cache=True) == "flash"

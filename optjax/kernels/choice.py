@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optjax.attention import FEW_QUERIES
-from optjax.cache import Cache
+from optjax.cache import Cache, default_layout
 from optjax.config import OPTConfig
 from optjax.params import Params
 from optjax.placed import compute_capability, parts, platform
@@ -24,8 +24,8 @@ IMPLEMENTATIONS = ("auto", "eager", "flash")
 # Scores of fewer queries are smaller than the queries, keys and values they are made of.
 MANY_QUERIES = 256
 
-# Over a cache of fewer columns the kernel for few tokens saves less than it takes to start. It takes them by blocks,
-# which are multiples of so many.
+# Over a cache of fewer columns the kernels for few tokens save less than they take to start. On TPU it comes in blocks
+# that are multiples of so many.
 MANY_COLUMNS = 512
 LANES = 128
 
@@ -59,10 +59,10 @@ def attention_kind(
 
     ``"auto"``, the default but for training, is ``"flash"`` on TPU and GPU for 256 queries of a row and more, where the
     kernels can do what is asked for (on GPU in float32 it is not: Triton's products may round to TF32; nor is it on
-    GPUs before Ampere, such as T4). On TPU it is so for up to 8 queries of a row, too, over a cache of 512 columns and
-    more that are a multiple of 128, as in a step of decoding (`generate` makes its cache so): that kernel reads the
-    columns that a row has, no more. It is never so on CPU. For forward-mode derivatives ask for
-    ``"eager"``: kernels have none.
+    GPUs before Ampere, such as T4). It is so for up to 8 queries of a row, too, over a cache of 512 columns and more,
+    as in a step of decoding, by kernels that read the columns that a row has, no more; on TPU the columns are a
+    multiple of 128 for that (`generate` makes its cache so). It is never so on CPU. For forward-mode derivatives ask
+    for ``"eager"``: kernels have none.
 
     Args:
       queries: T, the tokens of a row in this pass: those of a prompt, or of a record to train on; 1 of a step.
@@ -77,9 +77,9 @@ def attention_kind(
     one_column = not isinstance(cache, Cache) or cache.index.ndim == 0
     dtype = cache.dtype if isinstance(cache, Cache) else cache_dtype
     if isinstance(cache, Cache):
-        flat = flat_cache(cache, queries)
+        for_few = cache_for_few(params.placement, cache, queries)
     else:
-        flat = (MANY_COLUMNS, params.dtype) if has_past and queries <= FEW_QUERIES else None
+        for_few = (MANY_COLUMNS, params.dtype) if has_past and queries <= FEW_QUERIES else None
     kind = settle(
         attn_implementation,
         params.config,
@@ -88,16 +88,16 @@ def attention_kind(
         (batch_size, queries),
         has_past=has_past,
         one_column=one_column,
-        flat=flat,
-        for_few=rounded_cache(dtype),
+        for_few=for_few,
+        not_for_many=rounded_cache(dtype),
         by_hand=spread_by_hand(params),
     )
     return "eager" if kind == "eager" else "flash"
 
 
-def flat_cache(cache: Cache, queries: int) -> tuple[int, Any] | None:
-    """``flat`` of `settle` for so many tokens a row."""
-    fits = cache.layout == "flat" and queries <= FEW_QUERIES
+def cache_for_few(placement: Placement | None, cache: Cache, queries: int) -> tuple[int, Any] | None:
+    """``for_few`` of `settle` for so many tokens a row."""
+    fits = cache.layout == default_layout(kernel_platform(placement)) and queries <= FEW_QUERIES
     return (cache.max_length, cache.dtype) if fits else None
 
 
@@ -131,9 +131,9 @@ def settle(
     *,
     has_past: bool = False,
     one_column: bool = True,
-    flat: tuple[int, Any] | None = None,
+    for_few: tuple[int, Any] | None = None,
     odd: str | None = None,
-    for_few: str | None = None,
+    not_for_many: str | None = None,
     by_hand: bool = False,
     on: str | None = None,
 ) -> str:
@@ -141,10 +141,10 @@ def settle(
 
     Args:
       one_column: all rows' queries begin in the same column.
-      flat: the columns of the flat cache that few tokens are read over, and its dtype: ``"decode"`` is the kernel for
-        that.
+      for_few: the columns of the cache that few tokens are read over, and its dtype, where it is in the platform's own
+        layout: ``"decode"`` is the kernel for that.
       odd: what else is asked for that no kernel does, in words.
-      for_few: and what only the kernel for few tokens does.
+      not_for_many: and what only the kernel for few tokens does.
       by_hand: the params are spread over devices that no placement knows of.
       on: the platform, where the placement has no devices to tell it.
 
@@ -156,9 +156,9 @@ def settle(
     old = None if _interpreted or on is not None else _too_old(placement)
     on = kernel_platform(placement) if on is None else _interpreted or on
     kernel, small = "flash", shape[1] < MANY_QUERIES
-    problem = odd or for_few or old or _problem(config, placement, dtype, shape, on, has_past, one_column)
-    if flat is not None and not odd and _has_kernel_for_few(config, placement, dtype, shape[1], flat, on):
-        kernel, small, problem = "decode", flat[0] < MANY_COLUMNS, None
+    problem = odd or not_for_many or old or _problem(config, placement, dtype, shape, on, has_past, one_column)
+    if for_few and not odd and not old and _has_kernel_for_few(config, placement, dtype, shape[1], for_few, on):
+        kernel, small, problem = "decode", for_few[0] < MANY_COLUMNS, None
     if name == "flash":
         if problem is not None:
             raise ValueError(
@@ -166,7 +166,7 @@ def settle(
                 "the plain path"
             )
         return kernel
-    rounds = on == "gpu" and jnp.dtype(dtype) == jnp.float32
+    rounds = on == "gpu" and kernel == "flash" and jnp.dtype(dtype) == jnp.float32
     return "eager" if problem or small or rounds or by_hand else kernel
 
 
@@ -182,7 +182,7 @@ def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_colum
     if on == "gpu" and jax.dtypes.canonicalize_dtype("float64") == jnp.float64:
         return "jax's kernel for GPUs cannot be compiled with jax_enable_x64 on"
     if has_past and on == "gpu":
-        return "on GPU no kernel reads a cache that has a past"
+        return "on GPU no kernel reads many tokens over a cache that has a past"
     if has_past and placement is not None and placement.shards("cache_length") > 1:
         return "the cache's columns are spread over devices (by the rule for 'cache_length')"
     if not one_column:
@@ -199,16 +199,18 @@ def _too_old(placement: Placement | None) -> str | None:
     )
 
 
-def _has_kernel_for_few(config, placement, dtype, tokens: int, flat: tuple[int, Any], on: str) -> bool:
-    columns, cache_dtype = flat
-    if on != "tpu" or jnp.dtype(dtype).name not in _DTYPES[on]:
+def _has_kernel_for_few(config, placement, dtype, tokens: int, cache: tuple[int, Any], on: str) -> bool:
+    columns, cache_dtype = cache
+    if on not in _DTYPES or jnp.dtype(dtype).name not in _DTYPES[on]:
         return False
     if jnp.dtype(cache_dtype).name not in (*_DTYPES[on], "int8"):
         return False
-    from optjax.kernels.decode import fits
-
     if placement is not None and placement.shards("cache_length") > 1:
         return False
+    if on == "gpu":
+        return config.head_dim <= _HEAD_DIM[on]
+    from optjax.kernels.decode_tpu import fits
+
     heads = config.num_attention_heads // parts(placement, config.num_attention_heads, "heads")
     sizes = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
     return fits(tokens, heads, config.head_dim, columns, *sizes)

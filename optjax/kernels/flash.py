@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from optjax.attention import attend as attend_plainly
 from optjax.attention import causal_mask
 from optjax.attention_blocks import attend_all_keys_in_blocks, block_of_queries
-from optjax.cache_codes import Buffer, Codes
 from optjax.kernels.choice import interprets, kernel_platform
 from optjax.placed import on_each
 
@@ -64,50 +61,6 @@ class Flash:
             seen = jax.lax.dynamic_slice_in_dim(jnp.cumsum(self.real_keys, axis=1), self.index, t, axis=1)
             out = _where_none(seen == 0, v, out)
         return out.reshape(b, t, h * d)
-
-
-@dataclasses.dataclass(frozen=True)
-class Decode:
-    """How the tokens of each row look at the columns of a flat cache, by ``mask`` ``[B, T, S]`` bool."""
-
-    placement: Placement | None
-    mask: jax.Array
-
-    def __call__(self, q: jax.Array, k: Buffer, v: Buffer) -> jax.Array:
-        """``[B, T, D]`` of scaled queries ``[B, T, H, K]`` over keys and values ``[B, S, D]``."""
-        return _decode(self.placement, q, k, v, self.mask)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(placement: Placement | None, q: jax.Array, k: Buffer, v: Buffer, mask: jax.Array) -> jax.Array:
-    """The gradient is that of the plain path."""
-    from optjax.kernels import decode
-
-    b, t, _, head_dim = q.shape
-    tokens, flat, scales = ("batch", None, "heads"), ("batch", None, "heads"), ("batch", "heads", None)
-    arrays, axes = [q.reshape(b, t, -1), mask], [tokens, ("batch", None, None)]
-    for each in (k, v):
-        parts = [(each.codes, flat), (each.scales, scales)] if isinstance(each, Codes) else [(each, flat)]
-        arrays += [array for array, _ in parts]
-        axes += [of for _, of in parts]
-
-    def one(q: jax.Array, mask: jax.Array, *buffers: jax.Array) -> jax.Array:
-        return decode.attend(q, mask, buffers, head_dim=head_dim, interpret=interprets())
-
-    return on_each(placement, one, arrays, axes, tokens)
-
-
-def _decode_backward(placement: Placement | None, arrays: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    q, k, v, mask = arrays
-    groups = 1 if placement is None else placement.shards("heads")
-
-    def plain(q: jax.Array, k: Buffer, v: Buffer) -> jax.Array:
-        return attend_plainly(q, k, v, mask[:, None], layout="flat", groups=groups)[0]
-
-    return *jax.vjp(plain, q, k, v)[1](cotangent), None
-
-
-_decode.defvjp(lambda placement, *arrays: (_decode(placement, *arrays), arrays), _decode_backward)
 
 
 def _where_none(none: jax.Array, v: jax.Array, out: jax.Array) -> jax.Array:

@@ -63,8 +63,8 @@ class Request:
         """
         o, dtype, on = self.options, self.options["dtype"], self.topology.chip.platform
         if self.job == "generate":
-            shape, few = (o["batch"], o["prompt"]), rounded_cache(o["cache_dtype"])
-            return settle("auto", self.config, self.splits, dtype, shape, for_few=few, on=on) == "flash"
+            shape, rounds = (o["batch"], o["prompt"]), rounded_cache(o["cache_dtype"])
+            return settle("auto", self.config, self.splits, dtype, shape, not_for_many=rounds, on=on) == "flash"
         how = "eager" if o["query_block"] is not None else o["attn_implementation"]
         return settle(how, self.config, self.splits, dtype, (o["batch"], o["length"]), on=on) == "flash"
 
