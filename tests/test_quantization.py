@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from statistics import NormalDist
@@ -132,6 +133,16 @@ def test_products(kind, on):
         np.testing.assert_allclose(found, wanted, atol=atol)
         back = np.asarray(found, np.float64) @ whole
         np.testing.assert_allclose(gradient, back, atol=2e-6 * np.abs(back).max())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+def test_a_gpu_loops_over_no_blocks(kind, rows):
+    """Each step of a loop would be kernels of its own, for a block that a CPU's cache holds. On a CPU there is one."""
+    w = jax.eval_shape(lambda w: encode(w, kind, 64, jnp.bfloat16, native=False), jnp.zeros((2048, 2048)))
+    x = jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16)
+    loops = {on: str(jax.make_jaxpr(partial(product, on=on))(x, w)) for on in ("gpu", "cpu")}
+    assert not re.search(r"\b(while|scan)\[", loops["gpu"]) and re.search(r"\b(while|scan)\[", loops["cpu"])
 
 
 def of_digits(x, whole) -> np.ndarray:

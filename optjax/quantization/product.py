@@ -1,12 +1,14 @@
-"""Products with quantized weights, which are read as they are: no copy in full precision is made in memory.
+"""Products with quantized weights, which are read as they are: no copy in full precision stays in memory.
 
 A scale that all inputs of an output share is multiplied onto the product. What XLA makes of the rest decides the form:
 
 - TPU, int8 and int4: a cast to bfloat16 is fused into the matrix product. The scales of groups would be spread over
   the matrix off the matrix unit; for few rows each group has a small product of its own, and its scales go onto that.
 - CPU, int8: in integers (`optjax.quantization.int8_on_cpu`).
-- 4 bits on a CPU, and nf4: what is read is written out before a product. So a loop decodes a block at a time, which
-  stays in the processor's cache, or the TPU's fast memory.
+- 4 bits on a CPU, and nf4 on a TPU: what is read is written out before a product. So a loop decodes a block at a time,
+  which stays in the processor's cache, or the TPU's fast memory.
+- 4 bits on a GPU: such a loop would be hundreds of small kernels for a matrix, one after the other. So a matrix is
+  decoded whole, in the dtype of x, right before its product.
 """
 
 from __future__ import annotations
@@ -48,9 +50,10 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
         # Where Triton's products are off, cuBLAS would have a copy of the codes in float32.
         y = multiply_and_sum(flat.astype(jnp.float32), weight.values) * weight.scales
         return y.reshape(*x.shape[:-1], -1)
-    if alone := on == "tpu" and flat.shape[0] == 1:
-        flat = jnp.pad(flat, ((0, 7), (0, 0)))  # a product with one row would not go to the matrix unit
-    if weight.kind == "int8" or weight.native or spread:
+    # A product with one row would not go to the matrix unit; on GPU, of 4 bits, its terms would be written in float32.
+    if alone := flat.shape[0] == 1 and (on == "tpu" or (on == "gpu" and weight.kind != "int8")):
+        flat = jnp.pad(flat, ((0, 7), (0, 0)))
+    if weight.kind == "int8" or weight.native or on == "gpu" or spread:
         # Else a gradient would keep the matrix as it is cast: a copy of the weight, and in a scan of all layers'.
         y = jax.checkpoint(_whole, static_argnums=2)(flat, weight, x.dtype if spread else jnp.float32)
     else:
