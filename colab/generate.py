@@ -285,7 +285,8 @@ for i in np.argsort(-scores):
 # ## 9. A larger model
 #
 # Any OPT of the hub loads the same way, from safetensors, PyTorch's, Flax's or TensorFlow's files. OPT-125m is a
-# download of about 250 MB; without a network this section is left out. On a GPU or TPU use `dtype=jnp.bfloat16`.
+# download of about 250 MB; without a network this section is left out. On a GPU or TPU use `dtype=jnp.bfloat16`, on a
+# T4 or V100, which have none, `jnp.float16`.
 
 # %%
 try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from cli_helpers import check_error, runner, write_model
 
 import optjax
 from optjax.cli.arguments import COMMANDS, parse
+from optjax.cli.models import default_dtype
 from optjax.cli.stop import StopBefore
 
 POSITIONS = 2048
@@ -251,6 +253,18 @@ def test_without_a_prompt_there_is_a_sample(run):
     assert result.out.startswith("The old house")
     assert "no prompt is given" in result.err
     assert re.search(r"^opt-mini: [\d.]+M parameters, float32 on \w+; it ships with optjax", result.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype"),
+    [("cpu", None, "float32"), ("gpu", "7.5", "float16"), ("gpu", "8.0", "bfloat16"), ("gpu", "gfx942", "bfloat16"),
+     ("tpu", None, "bfloat16")],
+)  # fmt: skip
+def test_the_dtype_is_one_that_the_device_has(monkeypatch, backend, capability, dtype):
+    """A T4 has no bfloat16: XLA would copy every weight to float32 at each step."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability or "")])
+    assert default_dtype() == dtype
 
 
 @pytest.mark.parametrize(

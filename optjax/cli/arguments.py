@@ -56,7 +56,7 @@ def add_model(group: Any) -> None:
     add("-m", "--model", default=MODEL, metavar="SOURCE", help=text)
     add("--tokenizer", metavar="SOURCE", help="where the tokenizer is, if not with the model")
     add_revision(add)
-    text = "of weights and computation (default: float32 on CPU, bfloat16 on GPU and TPU)"
+    text = "of weights and computation (default: bfloat16; float32 on a CPU, float16 on a GPU older than Ampere)"
     add("--dtype", choices=DTYPES, help=text)
     add_quantize(add)
     add_adapter(add, "a LoRA adapter to use with the model, which may be quantized: a folder of PEFT's, or a hub id")

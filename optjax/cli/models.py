@@ -10,6 +10,10 @@ import jax
 import optjax
 from optjax.cli.arguments import MODEL, quantization
 from optjax.cli.compilation_cache import keep_compiled_programs
+from optjax.placed import compute_capability
+
+# GPUs of this compute capability and more have bfloat16; T4 and V100 have float16 only.
+_AMPERE = 8.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ def load(arguments: argparse.Namespace) -> Model:
     """
     if arguments.compile_cache:
         keep_compiled_programs()
-    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = arguments.dtype or default_dtype()
     # The tokenizer first: it is soon there, and where it is not, nobody waits for the weights.
     tokenizer = optjax.Tokenizer.load(arguments.tokenizer or arguments.model, revision=arguments.revision)
     mesh = None
@@ -56,6 +60,14 @@ def load(arguments: argparse.Namespace) -> Model:
     if source is not None:
         assistant = optjax.load_params(source, dtype, "causal_lm", mesh, progress=progress)
     return Model(params, tokenizer, _title(arguments, params, dtype), assistant)
+
+
+def default_dtype() -> str:
+    """What the devices here compute fast in."""
+    if jax.default_backend() == "cpu":
+        return "float32"
+    # On an older GPU XLA would write a float32 copy of every bfloat16 weight at each step.
+    return "float16" if (compute_capability(None) or _AMPERE) < _AMPERE else "bfloat16"
 
 
 def _title(arguments: argparse.Namespace, params: optjax.Params, dtype: str) -> str:
