@@ -7,9 +7,11 @@
 It takes what `bench.decode_gpu` takes. A batch has as many rows as make --tokens in all, one at least. Each side gets
 the same random queries, keys and values in half precision, in a process of its own and in the layout that its library
 uses; in each round all are asked in turn for --calls calls, and the figure is the median of the rounds, of one call.
+A side keeps the device's memory that it has had: eager attention's scores of 16384 tokens are tens of GB, after which
+others may run out of it. With --in-turn each side has the device to itself.
 FLOP/s count what causal attention needs, 2·B·H·K·T² forward and 2.5 times as many backward. The largest difference is
 that of the output, or of the gradients, from the first side's, as a share of its largest element; half precision allows
-about 0.01, and where it is above 0.1 the program ends.
+about 0.01, and a side where it is above 0.1 has failed. A side that fails is shown as such, and the others go on.
 
 Peak is memory beside queries, keys and values: of torch what its allocator says, of jax what the compiled program
 needs.
@@ -64,19 +66,29 @@ def main() -> None:
     results: list[Result] = []
     versions: dict[str, str] = {}
     options = {"device": args.device, "dtype": args.dtype, "threads": args.threads}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optjax-bench-")))
-        workers = {}
-        for side in sides:
-            worker = Worker(f"attention:{side}", options, folder / f"{side}.log")
-            workers[side] = stack.enter_context(closing(worker))
-            versions[NAMES[side]] = worker.ask(load="")["version"]
-        for size in args.shapes:
-            for part in args.parts:
-                for length in sorted(args.lengths):
-                    results += measure(workers, size, part, length, args)
-    lines = markdown(results, gpu.setting(device, versions, args.dtype, args.rounds), args)
-    gpu.publish("attention_gpu", lines, results, partial(draw, device=device), args.shapes, args)
+    cells = [(size, part, length) for size in args.shapes for part in args.parts for length in sorted(args.lengths)]
+    samples: dict[tuple[str, str, int], list[float]] = {}
+    try:
+        for group in [[side] for side in sides] if args.in_turn else [sides]:
+            with ExitStack() as stack:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optjax-bench-")))
+                workers: dict[str, Worker] = {}
+                failed = dict.fromkeys(group, "")
+                for side in group:
+                    worker = Worker(f"attention:{side}", options, folder / f"{side}.log")
+                    workers[side] = stack.enter_context(closing(worker))
+                    try:
+                        versions[NAMES[side]] = worker.ask(load="")["version"]
+                    except RuntimeError as error:
+                        failed[side] = gpu.failure(error)
+                for cell in cells:
+                    results += measure(workers, failed, cell, samples, args)
+                    gpu.keep(results, args)
+    finally:  # what was measured is shown, whatever came then
+        results.sort(key=lambda r: (cells.index((r.size, r.part, r.length)), sides.index(r.side)))
+        lines = markdown(results, gpu.setting(device, versions, args.dtype, args.rounds), args)
+        gpu.publish("attention_gpu", lines, results, partial(draw, device=device), args.shapes, args)
+    sys.exit(gpu.status(results))
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -88,15 +100,23 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--calls", type=int, default=10, help="in a round")
     gpu.add_options(parser, [*TORCH, *JAX], ("bfloat16", "float16", "float32"))
-    return parser, parser.parse_args()
+    args = parser.parse_args()
+    gpu.check_options(parser, args)
+    return parser, args
 
 
-def measure(workers: dict[str, Worker], size: str, part: str, length: int, args: argparse.Namespace) -> list[Result]:
+def measure(
+    workers: dict[str, Worker],
+    failed: dict[str, str],
+    cell: tuple[str, str, int],
+    samples: dict[tuple[str, str, int], list[float]],
+    args: argparse.Namespace,
+) -> list[Result]:
+    size, part, length = cell
     batch = max(1, args.tokens // length)
     heads = SIZES[size]["num_attention_heads"]
     shape = [batch, length, heads, SIZES[size]["hidden_size"] // heads]
-    row = {side: Result(size, part, batch, length, side) for side in workers}
-    sample: list[float] = []
+    row = {side: Result(size, part, batch, length, side, failed[side]) for side in workers}
     where = f"{size}, {part}, {batch} of {length}"
     for number in range(args.rounds + 1):  # the first compiles, and is compared
         gpu.say(f"{where}: round {number} of {args.rounds}" if number else f"{where}: first calls")
@@ -107,18 +127,15 @@ def measure(workers: dict[str, Worker], size: str, part: str, length: int, args:
                 # Of a new shape first, which forgets those before.
                 answer = workers[side].ask(shape=shape, backward=part != "forward", calls=args.calls, first=not number)
             except RuntimeError as error:
-                if not gpu.is_full(error):
-                    raise
-                result.failed = gpu.FULL
+                result.failed = gpu.failure(error)
                 continue
             if number:
                 result.seconds.append(answer["seconds"])
                 continue
             result.peak = answer["peak"]
-            sample = sample or answer["sample"]
-            result.difference = difference(answer["sample"], sample)
+            result.difference = difference(answer["sample"], samples.setdefault(cell, answer["sample"]))
             if not result.difference <= TOLERANCE:
-                sys.exit(f"{where}: {NAMES[side]} differs from {NAMES[next(iter(row))]} by {result.difference:.2g}")
+                result.failed = f"failed: differs from the first side by {result.difference:.2g}"
     return list(row.values())
 
 
@@ -134,7 +151,7 @@ def flops(r: Result) -> float:
 
 
 def markdown(results: list[Result], setting: str, args: argparse.Namespace) -> list[str]:
-    named = ("shapes", "lengths", "tokens", "sides", "dtype", "rounds", "calls", "device")
+    named = ("shapes", "lengths", "tokens", "sides", "dtype", "rounds", "calls", "device", "in_turn")
     lines = ["# Attention on a GPU", "", gpu.command("bench.attention_gpu", args, named), "", setting, ""]
     lines.append("*Speed-up*: over the first side. All is explained in [bench/attention_gpu.py](../attention_gpu.py).")
     for size, group in groupby(results, key=lambda r: r.size):

@@ -7,15 +7,17 @@
 It takes `pip install -e .[bench,cuda,plot]`, a torch that sees the GPU, and flash-attn, if that is to take part.
 Nothing is downloaded: the weights are random, the same for all sides, and in half precision, in which all compute.
 
-Each side lives in a process of its own, and all stay on the device: of 2.7b a side takes 5.4 GB, and as much again for
-caches and scores. A smaller device holds fewer --sides. In each cell, small ones first, every side is called until it
-compiles nothing more; then in each round all are asked one after the other, first for one token (the prompt is read:
-prefill), then for all of them. Figures are medians of the rounds, and ratios medians of each round's ratio.
+Each side lives in a process of its own, and all stay on the device, with all the memory that they have had so far: of
+2.7b a side takes 5.4 GB for weights and, with 32 prompts of 1920, 21 GB for the cache. So 80 GB do not hold all sides
+in the largest cells, and those that come last run out of memory; --in-turn gives the device to one after the other. In
+each cell, small ones first, every side is called until it compiles nothing more; then in each round all are asked one
+after the other, first for one token (the prompt is read: prefill), then for all of them. Figures are medians of the
+rounds, and ratios medians of each round's ratio. A side that fails is shown as such, and the others go on.
 
 Peak is what a side had of the device's memory at most: torch's allocator in this cell, jax's in all cells so far.
 FlaxOPT is inside a `jax.jit` of the caller's, as by itself it compiles at every call. In half precision sides round
 differently, and a token that differs changes all after it: the share of equal ones is shown. Where not even half of the
-first tokens are equal something is wrong, and the program ends.
+first tokens of a size are equal something is wrong, and the program ends with an error, after its tables.
 """
 
 from __future__ import annotations
@@ -89,11 +91,16 @@ def main() -> None:
         parser.error("no side is left to measure")
     results: list[Result] = []
     versions: dict[str, str] = {}
-    for size in args.sizes:
-        with tempfile.TemporaryDirectory(prefix="optjax-bench-") as folder:
-            results += measure_size(size, Path(folder), sides, args, versions)
-    lines = markdown(results, gpu.setting(device, versions, args.dtype, args.rounds), args)
-    gpu.publish("decode_gpu", lines, results, partial(draw, device=device), args.sizes, args)
+    try:
+        for size in args.sizes:
+            with tempfile.TemporaryDirectory(prefix="optjax-bench-") as folder:
+                measure_size(size, Path(folder), sides, args, versions, results)
+    finally:  # what was measured is shown, whatever came then
+        results.sort(key=lambda r: (args.sizes.index(r.size), r.batch, r.length, sides.index(r.side)))
+        lines = markdown(results, gpu.setting(device, versions, args.dtype, args.rounds), args)
+        gpu.publish("decode_gpu", lines, results, partial(draw, device=device), args.sizes, args)
+    check_first_tokens(results)
+    sys.exit(gpu.status(results))
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -104,32 +111,48 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--new", type=int, default=64, help="tokens to make; at least 2")
     gpu.add_options(parser, list(GPU_SIDES), ("bfloat16", "float16", "float32"))
     args = parser.parse_args()
+    gpu.check_options(parser, args)
     if args.new < 2 or max(args.lengths) + args.new > 2048:
         parser.error(f"--new should be at least 2, and with the longest prompt at most 2048 tokens, not {args.new}")
     return parser, args
 
 
 def measure_size(
-    size: str, folder: Path, sides: list[str], args: argparse.Namespace, versions: dict[str, str]
-) -> list[Result]:
+    size: str,
+    folder: Path,
+    sides: list[str],
+    args: argparse.Namespace,
+    versions: dict[str, str],
+    results: list[Result],
+) -> None:
+    """Adds the results of a size as they come."""
     gpu.say(f"{size}: writing a random model")
     formats = ["flax"] if "flax-gpu" in sides else []
     prepare = [sys.executable, "-m", "bench.prepare", size, str(folder), *formats, "--dtype", args.dtype]
-    subprocess.run(prepare, check=True, cwd=ROOT, capture_output=True)
+    done = subprocess.run(prepare, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"no model of {size} could be written: {done.stderr[-2000:]}")
     options = {"device": args.device, "dtype": args.dtype, "threads": args.threads}
-    with ExitStack() as stack:
-        workers = {}
-        for side in sides:
-            gpu.say(f"{size}: loading {NAMES[side]}")
-            workers[side] = stack.enter_context(closing(Worker(side, options, folder / f"{side}.log")))
-            versions[NAMES[side]] = workers[side].ask(load=str(folder))["version"]
-        cells = [(batch, length) for batch in args.batches for length in args.lengths]
-        results = []
-        for batch, length in sorted(cells, key=lambda cell: (cell[0] * cell[1], cell)):
-            new = {side: Result(size, batch, length, side, args.new) for side in sides}
-            measure(workers, new, prompts(size, batch, length), args)
-            results += new.values()
-    return sorted(results, key=lambda r: (r.batch, r.length))
+    cells = [(batch, length) for batch in args.batches for length in args.lengths]
+    cells.sort(key=lambda cell: (cell[0] * cell[1], cell))
+    tokens: dict[tuple[int, int], dict[str, list[list[int]]]] = {cell: {} for cell in cells}
+    for group in [[side] for side in sides] if args.in_turn else [sides]:
+        with ExitStack() as stack:
+            workers: dict[str, Worker] = {}
+            failed = dict.fromkeys(group, "")
+            for side in group:
+                gpu.say(f"{size}: loading {NAMES[side]}")
+                workers[side] = stack.enter_context(closing(Worker(side, options, folder / f"{side}.log")))
+                try:
+                    versions[NAMES[side]] = workers[side].ask(load=str(folder))["version"]
+                except RuntimeError as error:
+                    failed[side] = gpu.failure(error)
+            for cell in cells:
+                row = {side: Result(size, *cell, side, args.new, failed[side]) for side in group}
+                measure(workers, row, prompts(size, *cell), tokens[cell], args)
+                results += row.values()
+                compare({r.side: r for r in results if (r.size, r.batch, r.length) == (size, *cell)}, tokens[cell])
+                gpu.keep(results, args)
 
 
 def prompts(size: str, batch: int, length: int) -> list[list[int]]:
@@ -138,11 +161,16 @@ def prompts(size: str, batch: int, length: int) -> list[list[int]]:
     return [[4 + (7919 * (length * b + t) + 13) % (vocab - 4) for t in range(length)] for b in range(batch)]
 
 
-def measure(workers: dict[str, Worker], row: dict[str, Result], ids: list[list[int]], args: argparse.Namespace) -> None:
-    """Fills the results of one cell: first calls, which compile, then the rounds."""
+def measure(
+    workers: dict[str, Worker],
+    row: dict[str, Result],
+    ids: list[list[int]],
+    tokens: dict[str, list[list[int]]],
+    args: argparse.Namespace,
+) -> None:
+    """Fills the results and the tokens of one cell: first calls, which compile, then the rounds."""
     first = next(iter(row.values()))
     where = f"{first.size}, batch {first.batch}, prompts of {first.length}"
-    tokens: dict[str, list[list[int]]] = {}
 
     def ask(side: str, new: int, **more: Any) -> dict[str, Any] | None:
         if row[side].failed:
@@ -150,9 +178,7 @@ def measure(workers: dict[str, Worker], row: dict[str, Result], ids: list[list[i
         try:
             return workers[side].ask(ids=ids, new=new, **more)
         except RuntimeError as error:
-            if not gpu.is_full(error):
-                raise
-            row[side].failed = gpu.FULL
+            row[side].failed = gpu.failure(error)
             return None
 
     for side in row:
@@ -169,27 +195,32 @@ def measure(workers: dict[str, Worker], row: dict[str, Result], ids: list[list[i
                 result.one_token.append(one["seconds"])
                 result.all_tokens.append(every["seconds"])
                 result.peak = every["peak"]
-    compare(row, tokens)
 
 
 def compare(row: dict[str, Result], tokens: dict[str, list[list[int]]]) -> None:
-    """How many tokens of each side are those of the first one.
-
-    Raises:
-      RuntimeError: not even half of the first tokens are.
-    """
+    """How many tokens of each side are those of the first one."""
     done = [side for side in row if not row[side].failed]
     for side in done:
         pairs = [list(zip(own, other, strict=True)) for own, other in zip(tokens[side], tokens[done[0]], strict=True)]
         row[side].same_first = sum(a == b for (a, b), *_ in pairs) / len(pairs)
         row[side].same_tokens = sum(a == b for pair in pairs for a, b in pair) / sum(map(len, pairs))
-        if row[side].same_first < 0.5:
-            share = f"{row[side].same_first:.0%}"
-            raise RuntimeError(f"{NAMES[side]} and {NAMES[done[0]]} agree in {share} of the first tokens only")
+
+
+def check_first_tokens(results: list[Result]) -> None:
+    """Of all prompts of a size together: of a single one rounding alone may choose another first token.
+
+    Raises:
+      RuntimeError: not even half of a side's first tokens are those of the first side.
+    """
+    for size, side in dict.fromkeys((r.size, r.side) for r in results if not r.failed):
+        own = [r for r in results if (r.size, r.side) == (size, side) and not r.failed]
+        share = sum(r.same_first * r.batch for r in own) / sum(r.batch for r in own)
+        if share < 0.5:
+            raise RuntimeError(f"of {size} {NAMES[side]} makes {share:.0%} of the first side's first tokens only")
 
 
 def markdown(results: list[Result], setting: str, args: argparse.Namespace) -> list[str]:
-    named = ("sizes", "batches", "lengths", "sides", "new", "dtype", "rounds", "device")
+    named = ("sizes", "batches", "lengths", "sides", "new", "dtype", "rounds", "device", "in_turn")
     lines = ["# Decoding on a GPU", "", gpu.command("bench.decode_gpu", args, named), "", setting, ""]
     lines.append(
         f"{args.new} new tokens after each prompt. *optjax*: how many times as fast optjax is. *Same*: as the first "

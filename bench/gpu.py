@@ -27,10 +27,19 @@ def add_options(parser: argparse.ArgumentParser, sides: Sequence[str], dtypes: S
     add("--dtype", choices=dtypes, default="bfloat16")
     add("--sides", nargs="+", choices=list(sides), default=list(sides))
     add("--rounds", type=int, default=5)
+    add("--in-turn", action="store_true", help="one side's process at a time, which has the device to itself")
     add("--threads", type=int, default=2, help="of a dry run")
     add("--save", action="store_true", help="also write tables and pictures to --out")
     add("--out", type=Path, default=report.RESULTS, help="a folder (default: bench/results)")
-    add("--json", type=Path, metavar="FILE", help="also write every figure")
+    add("--json", type=Path, metavar="FILE", help="also write every figure, as they come")
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where something is missing that it would find out at its end only."""
+    if args.save and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--save draws pictures, and matplotlib is not installed: optjax[plot]")
+    if args.rounds < 1:
+        parser.error(f"--rounds should be at least 1, not {args.rounds}")
 
 
 def name_of_device(parser: argparse.ArgumentParser, device: str) -> str:
@@ -80,10 +89,19 @@ def check_device(library: str) -> None:
         raise RuntimeError(f"{library} does not see the GPU: install {install}")
 
 
-def is_full(error: Exception) -> bool:
-    """Whether a side ran out of the device's memory, which is a result too."""
+def failure(error: Exception) -> str:
+    """What a table says of a side that failed. One that runs out of the device's memory is a result; any other error
+    is told in full, and the other sides go on."""
     text = str(error).lower()
-    return "out of memory" in text or "resource_exhausted" in text
+    if "out of memory" in text or "resource_exhausted" in text:
+        return FULL
+    say(str(error))
+    return "failed: " + " ".join(str(error).split()).replace("|", "/")[:120]
+
+
+def status(results: Sequence[Any]) -> int:
+    """What the program ends with: 1 where a side failed otherwise than for memory."""
+    return int(any(r.failed not in ("", FULL) for r in results))
 
 
 def ratio(slow: Sequence[float], quick: Sequence[float]) -> float:
@@ -155,26 +173,36 @@ def command(program: str, args: argparse.Namespace, names: Sequence[str]) -> str
     words = []
     for name in names:
         value: Any = vars(args)[name]
+        if isinstance(value, bool):
+            words += [f"--{name.replace('_', '-')}"] if value else []
+            continue
         words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
     return f"    python -m {program} {' '.join(words)} --save"
+
+
+def keep(results: Sequence[Any], args: argparse.Namespace) -> None:
+    """Writes all figures so far: who has the device for some minutes may not see the end."""
+    if args.json:
+        partial = args.json.with_name(args.json.name + ".partial")
+        partial.write_text(json.dumps([asdict(r) for r in results], indent=1))
+        partial.replace(args.json)
 
 
 def publish(
     program: str, lines: Sequence[str], results: Sequence[Any], draw_size: Any, sizes: Sequence[str], args: Any
 ) -> None:
-    """Prints a page, and writes what ``args`` ask for: all figures, the page, and a picture for each of the sizes.
+    """Prints a page, and writes what ``args`` ask for: the page, and a picture for each of the sizes.
 
     ``draw_size`` takes the picture's path and the results of one size.
     """
     print("\n".join(lines))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
     if args.save:
         args.out.mkdir(exist_ok=True)
         page = args.out / f"{program}.md"
         page.write_text("\n".join(lines) + "\n")
         for size in sizes:
-            draw_size(args.out / f"{program}_{size}.png", [r for r in results if r.size == size])
+            if found := [r for r in results if r.size == size]:
+                draw_size(args.out / f"{program}_{size}.png", found)
         print(f"wrote {page} and its pictures")
 
 
