@@ -279,6 +279,9 @@ def limit(options: dict[str, Any]) -> None:
     if options.get("device", "cpu") == "gpu":
         # Several processes share the device's memory: none may take it beforehand.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        if options.get("dtype") == "float32":
+            # As torch multiplies; jax would round to TF32.
+            os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
         return
     threads = options["threads"]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

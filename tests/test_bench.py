@@ -202,6 +202,15 @@ def test_a_side_that_breaks_leaves_the_others(monkeypatch, tmp_path, capsys, pro
     assert [bool(figures[side]["failed"]) for side in sides] == [False, True, False]
 
 
+def test_float32_is_the_same_on_all_sides(monkeypatch):
+    """torch multiplies all bits; jax on an A100 would round to TF32."""
+    for dtype, wanted in (("float32", "highest"), ("bfloat16", None)):
+        environment: dict[str, str] = {}
+        monkeypatch.setattr(sides.os, "environ", environment)
+        sides.limit({"device": "gpu", "dtype": dtype, "threads": 1})
+        assert environment.get("JAX_DEFAULT_MATMUL_PRECISION") == wanted
+
+
 def test_a_ratio_says_how_many_times_as_fast_optjax_is():
     quick = Result("125m", 8, "optjax", "1", 0, one_token=[1, 1, 1], all_tokens=[2, 3, 4], peak=10**9, limit=100)
     slow = Result("125m", 8, "torch", "2", 0, one_token=[2, 2, 2], all_tokens=[8, 6, 10], peak=2 * 10**9, limit=100)
