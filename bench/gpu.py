@@ -93,7 +93,8 @@ def failure(error: Exception) -> str:
     """What a table says of a side that failed. One that runs out of the device's memory is a result; any other error
     is told in full, and the other sides go on."""
     text = str(error).lower()
-    if "out of memory" in text or "resource_exhausted" in text:
+    # A kernel that wants more of a core's own memory than there is fails on a device of any size.
+    if "out of memory" in text or ("resource_exhausted" in text and "shared memory" not in text):
         return FULL
     say(str(error))
     return "failed: " + " ".join(str(error).split()).replace("|", "/")[:120]

@@ -152,6 +152,14 @@ def test_a_side_without_memory_is_a_result(tmp_path):
     decode_gpu.check_first_tokens([*row.values(), decode_gpu.Result("tiny", 8, 8, "optjax-gpu", 3)])
 
 
+def test_what_lacks_memory(capsys):
+    """Not a kernel that wants more of a core's own memory than there is: that is told."""
+    assert gpu.failure(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")) == gpu.FULL
+    assert gpu.failure(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying")) == gpu.FULL
+    assert gpu.failure(RuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit")).startswith("failed: ")
+    assert "Shared memory" in capsys.readouterr().err
+
+
 class FakeWorker:
     """Makes the tokens that it is asked for, but for one side, which breaks at what ``breaks`` says."""
 

@@ -19,6 +19,7 @@ import optjax
 from optjax.cli.arguments import COMMANDS, parse
 from optjax.cli.models import default_dtype
 from optjax.cli.stop import StopBefore
+from optjax.cli.terminal import report
 
 POSITIONS = 2048
 
@@ -253,6 +254,14 @@ def test_without_a_prompt_there_is_a_sample(run):
     assert result.out.startswith("The old house")
     assert "no prompt is given" in result.err
     assert re.search(r"^opt-mini: [\d.]+M parameters, float32 on \w+; it ships with optjax", result.err, re.MULTILINE)
+
+
+def test_what_lacks_memory(capsys):
+    """XLA says RESOURCE_EXHAUSTED of a GPU's memory, and of that of its cores, where a smaller model helps nobody."""
+    small = "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 114688, available: 101376"
+    for words, said in (("RESOURCE_EXHAUSTED: Out of memory while allocating", "a smaller model"), (small, small)):
+        assert report(RuntimeError(words)) == 1
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

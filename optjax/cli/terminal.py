@@ -42,8 +42,9 @@ def report(error: Exception) -> int:
         text, status = f"{error.filename}: {error.strerror}", 1
     elif isinstance(error, ValueError | OSError | ImportError):
         status = 1
-    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        needs = "the device has too little memory; try --dtype bfloat16, a smaller model or batch, or more devices"
+    # Of a GPU core's own memory a kernel wants too much, whatever the device has.
+    elif isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in text and "Shared memory" not in text):
+        needs = "the device has too little memory; try 16 or 8 bits, a smaller model or batch, or more devices"
         text, status = f"out of memory: {needs}", 1
     else:
         text, status = f"{type(error).__name__}: {text or 'no more is known'} (--debug shows where)", 1
