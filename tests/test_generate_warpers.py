@@ -180,4 +180,14 @@ def test_thresholds_are_exact(v):
         assert (at_least >= mass - 1e-6).all() and (above < mass + 1e-6).all()
 
 
+def test_thresholds_step_by_step():
+    """As `jax.disable_jit` has them, where a loop counts in Python's numbers."""
+    x = rows_of_all_kinds()["plain"][:5]
+    p = np.asarray(jax.nn.softmax(x, axis=-1))
+    with jax.disable_jit():
+        kth, mass = kth_largest(x, np.int32(7)), mass_threshold(p, p, np.float32(0.9))
+    np.testing.assert_array_equal(kth, _kth_largest(x, np.int32(7)))
+    np.testing.assert_array_equal(mass, _mass_threshold(p, p, np.float32(0.9)))
+
+
 _kth_largest, _mass_threshold = jax.jit(kth_largest), jax.jit(mass_threshold)

@@ -32,7 +32,7 @@ def _largest(x: jax.Array, enough) -> jax.Array:
     ordered = _to_ordered(x)
 
     def step(i, threshold):
-        bit = jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32))
+        bit = jnp.uint32(1) << (jnp.uint32(31) - jnp.uint32(i))
         trial = threshold | bit
         return jnp.where(enough(ordered >= trial), trial, threshold)
 
