@@ -109,6 +109,10 @@ def _chunk(used, x, labels, placement):
     """Of some tokens: losses ``[B, t]``, their gradients by the logits ``[B, t, V]``, in float32; x, gathered."""
     with jax.named_scope("lm_head"):
         x = constrain(placement, x, "batch", "length", None)
+        if _on_cpu(placement):
+            # Else XLA would take the transpose that project_out ends with, of few tokens, into this product, and fail
+            # in bfloat16.
+            x = jax.lax.optimization_barrier(x)
         logits = jnp.einsum("bte,ve->btv", x, used, preferred_element_type=jnp.float32)
         logits = constrain(placement, logits, "batch", "length", "vocab")
         kept = labels != IGNORE_INDEX
