@@ -123,8 +123,8 @@ def slowly(script: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("BASH_ENV", str(tmp_path / "slow"))
 
 
-def tell_when_up(tmp_path: Path, ups: int, script: str, *words: str) -> None:
-    """Starts a launcher, tells it to stop once so many files `up…` are there, and sees that it ends with 75."""
+def tell_when_up(tmp_path: Path, ups: int, script: str, *words: str, status: int = 75) -> None:
+    """Starts a launcher, tells it to stop once so many files `up…` are there, and sees with what it ends."""
     process = subprocess.Popen(["bash", str(LAUNCHERS / script), *words], start_new_session=True)
     try:
         deadline = time.monotonic() + 30
@@ -133,7 +133,7 @@ def tell_when_up(tmp_path: Path, ups: int, script: str, *words: str) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         (tmp_path / "told").touch()
-        assert process.wait(timeout=30) == 75
+        assert process.wait(timeout=30) == status
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -179,7 +179,19 @@ def test_a_slurm_job_that_is_told_to_stop_saves_and_queues_itself_again(stand_in
     assert calls(tmp_path)[-1] == "scontrol requeue 77"
 
 
-@pytest.mark.parametrize("status", [0, 1, 2])
+def test_a_slurm_job_that_is_told_to_stop_queues_itself_again_whichever_process_ends_first(
+    stand_in, tmp_path, monkeypatch
+):
+    """Once the first has ended with 75, srun ends the others, and then it ends by their signal itself."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    stand_in("scontrol")
+    stand_in("scancel", "exit 1")
+    stand_in("srun", "trap 'exit 143' TERM; touch \"$STATE/up\"; while true; do sleep 0.1; done")
+    tell_when_up(tmp_path, 1, "slurm.sh", "--run", "x", status=143)
+    assert calls(tmp_path)[-1] == "scontrol requeue 77"
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 137])
 def test_a_slurm_job_that_ends_by_itself_is_over(stand_in, tmp_path, monkeypatch, status):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     stand_in("scontrol")

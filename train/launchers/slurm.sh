@@ -24,7 +24,9 @@ early=$told step=$!
 while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done
 wait "$step"
 status=$?
-if ((status == 75)); then
+# Once one process has saved and ended with 75, srun ends those that are still on their way out, and has their signal
+# for its status.
+if ((status == 75 || (${told:-0} && status > 128))); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
