@@ -15,6 +15,7 @@ from optjax.attention_blocks import attend_all_keys_in_blocks, attend_in_blocks
 from optjax.cache import write_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
+from optjax.kernels.choice import has_triton
 from optjax.kernels.decode import Decode
 from optjax.kernels.flash import Flash
 from optjax.lora.weight import AdaptedWeight, with_dropout
@@ -196,7 +197,8 @@ def linear(x: jax.Array, weights: dict[str, Any], dtype: Any = None, *, placemen
     if isinstance(weight, AdaptedWeight):
         return _adapted(x, weight, bias, dtype, placement)
     if isinstance(weight, QuantizedWeight):
-        y = product(x, weight, on=on, spread=placement is not None and placement.mesh.size > 1)
+        spread = placement is not None and placement.mesh.size > 1
+        y = product(x, weight, on=on, spread=spread, kernels=has_triton(placement))
         return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
     if on == "cpu":
         y = _linear_on_cpu(x, weight, bias).astype(dtype)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from optjax.sharding import Placement
 
 
+# The compute capability from which GPUs have bfloat16, and XLA's Triton kernels: T4 and V100 are older.
+AMPERE = 8.0
+
+
 def platform(placement: Placement | None) -> str:
     """``"cpu"``, ``"gpu"`` or ``"tpu"``: where the params are, or else jax's default."""
     return jax.default_backend() if placement is None else placement.platform

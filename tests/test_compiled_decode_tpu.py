@@ -76,6 +76,15 @@ def test_a_gpus_kernel_reads_the_cache_as_it_lies(programs):
     assert programs["h100 step"]["temporary"] < 0.1 * programs["h100 bfloat16"]["temporary"]
 
 
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+def test_a_gpu_decodes_no_matrix_of_4_bits_into_memory(programs, kind):
+    """The smallest of them would be 8 MB in bfloat16. A T4 has no kernel for that, and writes one at a time."""
+    if "h100 step" not in programs:
+        pytest.skip("no GPU compiler: the jax-cuda12-pjrt wheel is not installed")
+    assert programs[f"h100 {kind} weights"]["temporary"] < 4e6
+    assert 30e6 < programs[f"t4 {kind} weights"]["temporary"] < 80e6
+
+
 def test_an_old_gpu_gets_no_kernel(programs):
     """Its compiler refuses them."""
     if "t4 step" not in programs:
@@ -167,6 +176,9 @@ def on_gpus(config) -> dict:
             empty = jax.eval_shape(lambda: optjax.init_cache(config, ROWS, COLUMNS, dtype, layout="heads"))  # noqa: B023
             ids = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
             found[f"{name} {step}"] = report(_decode_step.lower(params, place(ids), place(empty)).compile())
+        for kind in ("int4", "nf4"):
+            some = optjax.quantize(params, kind)
+            found[f"{name} {kind} weights"] = report(_decode_step.lower(some, place(ids), place(empty)).compile())
         prompt = [place(jax.ShapeDtypeStruct((ROWS, 512), dtype)) for dtype in (jnp.int32, jnp.bool_)]
         number = place(jax.ShapeDtypeStruct((), jnp.int32))
         settings = place(as_settings(config, {}))

@@ -10,10 +10,7 @@ import jax
 import optjax
 from optjax.cli.arguments import MODEL, quantization
 from optjax.cli.compilation_cache import keep_compiled_programs
-from optjax.placed import compute_capability
-
-# GPUs of this compute capability and more have bfloat16; T4 and V100 have float16 only.
-_AMPERE = 8.0
+from optjax.placed import AMPERE, compute_capability
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def default_dtype() -> str:
     if jax.default_backend() == "cpu":
         return "float32"
     # On an older GPU XLA would write a float32 copy of every bfloat16 weight at each step.
-    return "float16" if (compute_capability(None) or _AMPERE) < _AMPERE else "bfloat16"
+    return "float16" if (compute_capability(None) or AMPERE) < AMPERE else "bfloat16"
 
 
 def _title(arguments: argparse.Namespace, params: optjax.Params, dtype: str) -> str:

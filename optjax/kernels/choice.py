@@ -14,7 +14,7 @@ from optjax.attention import FEW_QUERIES
 from optjax.cache import Cache, default_layout
 from optjax.config import OPTConfig
 from optjax.params import Params
-from optjax.placed import compute_capability, parts, platform
+from optjax.placed import AMPERE, compute_capability, parts, platform
 
 if TYPE_CHECKING:
     from optjax.sharding import Placement
@@ -32,8 +32,6 @@ LANES = 128
 # What the kernels take; the plain path takes anything.
 _DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
 _HEAD_DIM = {"tpu": 256, "gpu": 128}
-# XLA compiles Triton kernels for Ampere and later; T4 and V100 are older.
-_CAPABILITY = 8.0
 
 # "tpu" or "gpu": see `interpreted`.
 _interpreted: str | None = None
@@ -192,11 +190,9 @@ def _problem(config, placement, dtype, shape, on: str, has_past: bool, one_colum
 
 def _too_old(placement: Placement | None) -> str | None:
     capability = compute_capability(placement)
-    if capability is None or capability >= _CAPABILITY:
+    if capability is None or capability >= AMPERE:
         return None
-    return (
-        f"on GPU the kernels need compute capability {_CAPABILITY} or more, and these params are on one of {capability}"
-    )
+    return f"on GPU the kernels need compute capability {AMPERE} or more, and these params are on one of {capability}"
 
 
 def _has_kernel_for_few(config, placement, dtype, tokens: int, cache: tuple[int, Any], on: str) -> bool:
@@ -214,6 +210,11 @@ def _has_kernel_for_few(config, placement, dtype, tokens: int, cache: tuple[int,
     heads = config.num_attention_heads // parts(placement, config.num_attention_heads, "heads")
     sizes = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
     return fits(tokens, heads, config.head_dim, columns, *sizes)
+
+
+def has_triton(placement: Placement | None) -> bool:
+    """Whether the params are where kernels compiled by Triton run."""
+    return kernel_platform(placement) == "gpu" and (_interpreted is not None or _too_old(placement) is None)
 
 
 def spread_by_hand(params: Params) -> bool:

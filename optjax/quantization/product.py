@@ -7,8 +7,9 @@ A scale that all inputs of an output share is multiplied onto the product. What 
 - CPU, int8: in integers (`optjax.quantization.int8_on_cpu`).
 - 4 bits on a CPU, and nf4 on a TPU: what is read is written out before a product. So a loop decodes a block at a time,
   which stays in the processor's cache, or the TPU's fast memory.
-- 4 bits on a GPU: such a loop would be hundreds of small kernels for a matrix, one after the other. So a matrix is
-  decoded whole, in the dtype of x, right before its product.
+- 4 bits on a GPU: such a loop would be hundreds of small kernels for a matrix, one after the other. For few rows there
+  is a kernel that decodes as it multiplies (`optjax.kernels.four_bits`). For more, over several devices and where the
+  kernel cannot be had, a matrix is decoded whole, in the dtype of x, right before its product.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from optjax.quantization.int8_on_cpu import BLOCK, FEW_ROWS, int8_product, multi
 from optjax.quantization.weight import QuantizedWeight
 
 
-def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = False) -> jax.Array:
+def product(
+    x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = False, kernels: bool = False
+) -> jax.Array:
     """``x Wᵀ`` of x ``[…, in]`` and one matrix: ``[…, out]``, in float32 unless ``spread``, then in the dtype of x.
 
     Args:
       on: the platform.
       spread: the weight lies on several devices, between which partial sums travel.
+      kernels: there are those of GPUs.
 
     The gradient with respect to x is the product with the other side of the matrix; the weight has none. Nothing but x
     and the codes is kept for it.
@@ -39,6 +43,8 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
         scaled = x.astype(wider(x.dtype, jnp.float32)) * weight.column_scales
         x = scaled if on == "cpu" and not spread else scaled.astype(x.dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if kernels and not spread and weight.kind != "int8" and _fits_a_kernel(flat.shape[0], weight.group_size):
+        return _by_kernel(flat, weight).reshape(*x.shape[:-1], -1)
     if on == "cpu" and not spread:
         flat = flat.astype(wider(x.dtype, jnp.float32))
         if weight.kind == "int8":
@@ -60,6 +66,29 @@ def product(x: jax.Array, weight: QuantizedWeight, *, on: str, spread: bool = Fa
         y = _groups_in_blocks(flat, weight)
     y = y[:1] if alone else y
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _fits_a_kernel(rows: int, group_size: int) -> bool:
+    from optjax.kernels import four_bits
+
+    return four_bits.fits(rows, group_size)
+
+
+@jax.custom_vjp
+def _by_kernel(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    from optjax.kernels import four_bits
+    from optjax.kernels.choice import interprets
+
+    halves = _split(x, weight)
+    return four_bits.product(halves, weight.values, weight.scales, kind=weight.kind, interpret=interprets())
+
+
+def _by_kernel_backward(kept: tuple[jax.Array, QuantizedWeight], cotangent: jax.Array) -> tuple[jax.Array, None]:
+    x, weight = kept
+    return *jax.vjp(lambda x: _whole(x, weight, jnp.float32), x)[1](cotangent), None
+
+
+_by_kernel.defvjp(lambda x, weight: (_by_kernel(x, weight), (x, weight)), _by_kernel_backward)
 
 
 def _whole(x: jax.Array, weight: QuantizedWeight, dtype: Any) -> jax.Array:
