@@ -48,3 +48,8 @@ def map_buffer(function: Callable[[jax.Array, int], jax.Array], buffer: Buffer) 
     if isinstance(buffer, Codes):
         return Codes(function(buffer.codes, -2), function(buffer.scales, -1))
     return function(buffer, -2)
+
+
+def first_columns(buffer: Buffer, n: int) -> Buffer:
+    """The first n columns; the buffer itself if it has no more."""
+    return map_buffer(lambda array, axis: jax.lax.slice_in_dim(array, 0, n, axis=axis), buffer)

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from optjax.attention import attend, by_heads, drop
 from optjax.attention_blocks import attend_all_keys_in_blocks, attend_in_blocks
 from optjax.cache import write_columns
+from optjax.cache_codes import first_columns
 from optjax.config import OPTConfig
 from optjax.declaration import logical_axes
 from optjax.kernels.choice import has_triton
@@ -158,7 +159,7 @@ def _self_attention(
         layout = "heads"
         k, v = (constrain(placement, y.swapaxes(1, 2), "batch", "heads", None, None) for y in (k, v))
     elif buffers is not None:
-        k, v = buffers
+        k, v = (first_columns(buffer, mask.shape[-1]) for buffer in buffers)
     options: dict[str, Any] = dict(head_mask=head_mask, dropout=config.attention_dropout, dropout_key=dropout_key)
     options["on_cpu"] = platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
     if isinstance(flash, Decode):

@@ -216,14 +216,15 @@ def decoder(
     b, t = x.shape[:2]
     new_mask = jnp.ones((b, t), bool) if inputs.mask is None else jnp.asarray(inputs.mask)
     columns = jnp.arange(t, dtype=jnp.int32)
-    # Nothing else is in an empty cache, whose other columns need no look; but there is if it rounds what it is given.
+    # Nothing else is in an empty cache, whose other columns need no look; but their own in there, if it rounds them.
     own_keys = cache is None or (inputs.no_past and cache.dtype == x.dtype)
+    own_columns = inputs.no_past and (placement is None or placement.shards("cache_length") == 1)
     mask = causal_mask(new_mask, columns)
     if cache is not None:
         all_masks = write_mask(cache.mask, new_mask, cache.index)
         if inputs.visible is not None:
             mask = inputs.visible[:, None]
-        elif not own_keys:
+        elif not own_keys and not own_columns:
             mask = causal_mask(all_masks, cache.index[..., None] + columns)
     keep_hidden, keep_attention = output_hidden_states, output_attentions
     block = flash = None

@@ -205,7 +205,7 @@ def test_the_check_sees_copies():
 
 @pytest.mark.parametrize("layout", ["heads", "flat"])
 def test_a_prompt_looks_at_its_own_columns(layout):
-    """Nothing else is in an empty cache, however long it is; and what it rounds, an int8 one, is read from it."""
+    """Nothing else is in an empty cache, however long it is, and whether it rounds them or not."""
     tokens, columns = 48, COLUMNS
 
     def scores(dtype, no_past: bool) -> bool:
@@ -215,4 +215,5 @@ def test_a_prompt_looks_at_its_own_columns(layout):
         return re.search(rf"f32\[(\d+,)*{tokens},{columns}\]", text) is not None
 
     assert not scores(None, no_past=True)
-    assert scores(None, no_past=False) and scores("bfloat16", no_past=True) and scores("int8", no_past=True)
+    assert not scores("bfloat16", no_past=True) and not scores("int8", no_past=True)
+    assert scores(None, no_past=False) and scores("int8", no_past=False)

@@ -12,8 +12,9 @@ import torch
 from hf_models import assert_close, padded_masks, params_from, random_config, state_of, torch_model
 
 import optjax
-from optjax.kernels import choice
+from optjax.kernels import choice, triton
 from optjax.kernels.choice import interpreted
+from optjax.kernels.flash import Flash
 from optjax.placed import compute_capability
 from optjax.sharding import make_mesh
 
@@ -105,6 +106,20 @@ def test_on_a_mesh_each_device_has_its_rows_and_heads(on):
     with interpreted(on):
         found = optjax.causal_lm(spread, ids, attention_mask=mask, attn_implementation="flash").logits
     np.testing.assert_allclose(np.asarray(found)[mask], np.asarray(expected)[mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "block"),
+    [("float32", 64, 64), ("float32", 80, 32), ("float32", 128, 32), ("bfloat16", 128, 64), ("float16", 80, 64)],
+)
+def test_blocks_fit_into_the_smaller_gpus(monkeypatch, dtype, head_dim, block):
+    """Of 4 bytes and 80 dimensions blocks of 64 would take 112 KB of a core's memory: an L4 or 3090 has 99."""
+    blocks = []
+    monkeypatch.setattr(triton, "attend", lambda q, *_, block, interpret: blocks.append(block) or q)
+    q, kv = (jnp.zeros(shape, dtype) for shape in ((1, 320, 2, head_dim), (1, 2, 320, head_dim)))
+    with interpreted("gpu"):
+        Flash(None)(q, kv, kv)
+    assert blocks == [block]
 
 
 def test_what_is_chosen():

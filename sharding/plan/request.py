@@ -77,7 +77,8 @@ class Request:
     def keys(self) -> int:
         """The keys that the queries of a row have before them."""
         o = self.options
-        return o["length"] if self.job == "train" else o["prompt"] if self.own_keys else o["cache_length"]
+        all_columns = not self.own_keys and self.splits.shards("cache_length") > 1
+        return o["length"] if self.job == "train" else o["cache_length"] if all_columns else o["prompt"]
 
     @property
     def block(self) -> int | None:
