@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,7 +15,8 @@ def initialize(
 ) -> None:
     """Joins this process to the others of the run. To be called before anything else asks jax for devices.
 
-    On Cloud TPU, Slurm, GKE (JobSet) and under MPI launchers nothing needs to be said: jax finds out. Elsewhere start
+    On Cloud TPU, Slurm, GKE (JobSet) and under MPI launchers nothing needs to be said: jax finds out. A process that is
+    alone on its node has all GPUs there; of several each has the one of its number on the node. Elsewhere start
     one process on every host with the same ``coordinator_address`` and ``num_processes`` and its own ``process_id``, or
     set ``OPTJAX_COORDINATOR``, ``OPTJAX_NUM_PROCESSES`` and ``OPTJAX_PROCESS_ID``. A process that is alone stays alone,
     and a second call does nothing.
@@ -37,7 +39,7 @@ def initialize(
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         if _in_cluster():
-            jax.distributed.initialize()
+            _join()
         return
     if missing:
         raise ValueError(f"{' and '.join(missing)} should be given too, as a process cannot join the others without")
@@ -49,7 +51,24 @@ def initialize(
         raise ValueError(
             f"process_id {process_id} is not one of 0 to {num_processes - 1}, of {num_processes} processes"
         )
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    _join(coordinator_address, num_processes, process_id)
+
+
+def _join(*told: Any) -> None:
+    visible = {name: jax.config.values[name] for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices")}
+    jax.distributed.initialize(*told)
+    if _alone_on_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        # Under Slurm and Open MPI jax takes every process for one of a single GPU.
+        for name, value in visible.items():
+            jax.config.update(name, value)
+
+
+def _alone_on_node() -> bool:
+    """Whether Slurm or Open MPI have started one process on each node."""
+    env = os.environ
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in env:
+        return env["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    return env.get("SLURM_STEP_NUM_NODES") == env.get("SLURM_NTASKS")
 
 
 def _in_cluster() -> bool:

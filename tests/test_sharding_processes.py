@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 from checkpoint_helpers import PRE_NORM, make_state, prefixed, write_config
-from processes import environments
+from processes import environments, free_port
 
 import optjax
 
@@ -96,3 +97,20 @@ def test_saved_params_are_the_same(results, tmp_path):
         saved = optjax.load_params(out / "saved")
         for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("nodes, gpus", [(2, ["all", "all"]), (1, ["0", "1"])])
+def test_a_process_alone_on_its_node_has_all_gpus_there(nodes, gpus):
+    """Under Slurm, where jax gives each process one."""
+    program = "import jax, optjax.sharding; optjax.sharding.initialize(); "
+    program += "print(jax.process_count(), jax.config.values['jax_cuda_visible_devices'])"
+    step = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": str(nodes)}
+    step |= {"SLURM_STEP_NODELIST": "127.0.0.1", "JAX_COORDINATOR_PORT": str(free_port())}
+    started = []
+    for i in range(2):
+        alike = os.environ | step | {"JAX_PLATFORMS": "cpu"}
+        own = {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % (2 // nodes))}
+        command = [sys.executable, "-c", program]
+        started.append(subprocess.Popen(command, env=alike | own, stdout=subprocess.PIPE, text=True))
+    texts = [process.communicate(timeout=120)[0].split() for process in started]
+    assert texts == [["2", each] for each in gpus]
