@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
 import types
@@ -149,6 +150,9 @@ def damage(folder, kind: str) -> None:
     elif kind == "unlisted":  # killed before its files were listed: only reading it tells
         (folder / "sizes.json").unlink()
         damage(folder, "truncated")
+    elif kind == "another place":  # in the data, of which nobody else would know
+        file = folder / "loader" / "metadata"
+        file.write_text(re.sub(r"\d", lambda digit: str(9 - int(digit[0])), file.read_text(), count=1))
     else:
         (folder / "loop" / "metadata").write_text("{")
         (folder / "sizes.json").unlink()
@@ -159,7 +163,7 @@ dropped_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcep
 
 
 @dropped_reads
-@pytest.mark.parametrize("kind", ["truncated", "missing", "unlisted", "no json"])
+@pytest.mark.parametrize("kind", ["truncated", "missing", "unlisted", "another place", "no json"])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, kind, capsys):
     whole = run(make_job(), tmp_path / "whole", options(total_steps=16))
     run(make_job(), tmp_path / "run", options(total_steps=16, stop_at=12))
