@@ -4,7 +4,7 @@
 #   tpu.sh --name NAME --zone ZONE --delete
 set -euo pipefail
 
-name= zone= type= slices=1 spot=() version= delete=
+name= zone= type= slices=1 spot= version= delete=
 usage() { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
 while (($#)); do
   case "$1" in
@@ -13,7 +13,7 @@ while (($#)); do
     --type) type="$2"; shift ;;
     --slices) slices="$2"; shift ;;
     --version) version="$2"; shift ;;
-    --spot) spot=(--spot) ;;
+    --spot) spot=1 ;;
     --delete) delete=1 ;;
     --) shift; break ;;
     *) echo "tpu.sh: what is $1?" >&2; usage ;;
@@ -47,7 +47,7 @@ acquire() {
       ACTIVE) return ;;
       "") echo "asking for $slices x $type"
         "${tpus[@]}" queued-resources create "$name" --zone "$zone" --accelerator-type "$type" \
-          --runtime-version "$version" "${nodes[@]}" "${spot[@]}" --quiet ;;
+          --runtime-version "$version" "${nodes[@]}" ${spot:+--spot} --quiet ;;
       FAILED | SUSPENDING | SUSPENDED) echo "the slices are gone"; give_back || sleep "${WAIT:-30}" ;;
       *) sleep "${WAIT:-30}" ;;
     esac
