@@ -95,6 +95,20 @@ esac"""
     assert len([call for call in asked if "pretrain" in call]) == 1
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_slices_that_were_not_found_for_once_are_not_given_up_on_tpu(stand_in, tmp_path, is_there):
+    """They are there, and cannot be asked for again; if they are not, what cannot be made ends the launcher."""
+    then = "echo ACTIVE" if is_there else "exit 1"
+    body = f"""case "$*" in
+  *describe*) [[ -e "$STATE/asked" ]] || {{ touch "$STATE/asked"; exit 1; }}; {then} ;;
+  *" create "*) exit 1 ;;
+esac"""
+    stand_in("gcloud", body)
+    found = run("tpu.sh", "--name", "it", "--zone", "z", "--type", "v6e-8", "--", "--steps", "5")
+    assert found.returncode == (0 if is_there else 1)
+    assert any("pretrain" in call for call in calls(tmp_path)) == is_there
+
+
 def test_hosts_are_numbered_and_started_again_together(stand_in, tmp_path, monkeypatch):
     # The second host breaks at first; the others would run on, were they not ended.
     body = """

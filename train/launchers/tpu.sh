@@ -47,7 +47,9 @@ acquire() {
       ACTIVE) return ;;
       "") echo "asking for $slices x $type"
         "${tpus[@]}" queued-resources create "$name" --zone "$zone" --accelerator-type "$type" \
-          --runtime-version "$version" "${nodes[@]}" ${spot:+--spot} --quiet ;;
+          --runtime-version "$version" "${nodes[@]}" ${spot:+--spot} --quiet ||
+          # It may be there, and was not found because of the network.
+          [[ -n "$(state)" ]] ;;
       FAILED | SUSPENDING | SUSPENDED) echo "the slices are gone"; give_back || sleep "${WAIT:-30}" ;;
       *) sleep "${WAIT:-30}" ;;
     esac
