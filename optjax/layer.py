@@ -179,6 +179,9 @@ def _self_attention(
             out = attend_in_blocks(q, k, v, mask, **options)
         else:
             out = attend_all_keys_in_blocks(q, k, v, mask, layout=layout, **options)
+    if own_keys and buffers is not None:
+        # Nothing else asks for what is written: XLA would put it off, and hold the keys and values of all layers.
+        out, buffers = jax.lax.optimization_barrier((out, buffers))
     out = constrain(placement, out, "batch", "length", "heads")
     return linear(out, weights["out_proj"], placement=placement), attention, buffers
 
