@@ -1,9 +1,8 @@
 """Attention of a token a row, or a few, over a cache, on GPU: a Pallas kernel that reads the columns that a row has.
 
-XLA's program reads all columns of a cache at every step, and sums the values of a head in one or two thread blocks: a
-row of OPT-125m keeps 24 of an H100's 132 multiprocessors busy. Here the columns from the first that a row may look at
-to the last are shared between several programs, and what each found of its own is put together at the end. (Flash
-decoding: Dao et al. 2023.)
+XLA's program reads all columns of a cache at every step, and writes scores and weights to memory in between. Here the
+columns from the first that a row may look at to the last are shared between several programs, and what each found of
+its own is put together at the end. (Flash decoding: Dao et al. 2023.)
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _kernel(first, second, values, scales, levels, out, *, rows, half, n_out, gr
     def decoded(codes):
         if kind == "int4":
             return decode_4bit(codes, kind)
-        # By a table, which stays in the fastest cache: a level by comparisons would take longer than its code to come.
+        # By a table: comparisons would be 15 instructions for each number.
         wide = codes.astype(jnp.int32)
         return [plgpu.load(levels.at[0, code]) for code in (wide & 15, (wide >> 4) & 15)]
 
