@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hf_models import assert_close
 from transformers.generation import logits_process as hf
 
 import optjax
+from optjax.generation import thresholds
 from optjax.generation.history import new_history
 from optjax.generation.processors import process
 from optjax.generation.settings import as_settings
@@ -178,6 +182,23 @@ def test_thresholds_are_exact(v):
         at_least = np.where(p >= threshold, exact, 0).sum(1)
         above = np.where(p > threshold, exact, 0).sum(1)
         assert (at_least >= mass - 1e-6).all() and (above < mass + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("v", [1, 511, 50272])
+def test_thresholds_by_several_bits_are_those_by_one(v, bits):
+    """As on TPU and GPU; of a mass in whole numbers, whose sums are exact in any order."""
+    rng = np.random.default_rng(v)
+    x = (rng.standard_normal((4, v)) * 5).astype(np.float32)
+    x[1] = np.round(x[1])
+    x[2, 1:][rng.random(v - 1) < 0.7] = -np.inf
+    x[3] = rng.choice([0.0, -0.0, 1e-30, -1e-30, np.inf, -np.inf], v)
+    ordered, p = thresholds._to_ordered(jnp.asarray(x)), rng.integers(0, 9, (4, v)).astype(np.float32)
+    ours, by_bits = jax.jit(partial(thresholds._by_digits, bits)), jax.jit(thresholds._by_bits)
+    for weights, total in ((None, v), (p, int(p.sum(1).min()))):
+        for least in {1, 2, 50, total // 2, total, total + 1}:
+            least = np.asarray(least, np.int32 if weights is None else np.float32)
+            np.testing.assert_array_equal(ours(ordered, weights, least), by_bits(ordered, weights, least))
 
 
 def test_thresholds_step_by_step():
