@@ -143,8 +143,15 @@ def _self_attention(
     b, t, d = x.shape
     heads = (b, t, config.num_attention_heads, config.head_dim)
 
+    # XLA would make one product of all three, with a matrix that it puts together of theirs: for Triton on the way, for
+    # cuBLAS in memory, at every step.
+    one_by_one = past is not None and platform(placement) == "gpu" and not has_triton(placement)
+
     def project(name: str) -> jax.Array:
+        nonlocal x
         y = constrain(placement, linear(x, weights[name], placement=placement), "batch", "length", "heads")
+        if one_by_one:
+            y, x = jax.lax.optimization_barrier((y, x))
         return y.reshape(heads)
 
     # Scaled before the product with k, as the original is: in float16 the other order overflows.

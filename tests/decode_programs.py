@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from optjax.sharding.plan.hlo import parse
+from optjax.sharding.plan.loops import runs
+
 ROWS, COLUMNS, LAYERS, D = 8, 2048, 2, 2048
 BUFFER, IN_HEADS = f"{ROWS},{COLUMNS},{D}", f"{ROWS},32,{COLUMNS},64"
 # A buffer in bfloat16.
@@ -34,6 +37,22 @@ def report(compiled: Any, body_of_loop: bool = False) -> dict[str, int]:
         "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
         "bfloat16 maxima": len(re.findall(rf"= \(bf16\[{ROWS}\]\S* s32\[{ROWS}\]\S*\) (?:reduce|fusion)\(", text)),
     }
+
+
+def launches(compiled: Any) -> int:
+    """The operations that one run of a program starts, those of its loops as often as they are run."""
+    module = parse(compiled.as_text())
+    called = {name for each in module.computations.values() for i in each.instructions.values() for name in _fused(i)}
+    nothing = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"}
+    return sum(
+        times * sum(each.opcode not in nothing for each in module.computations[name].instructions.values())
+        for name, times in runs(module).items()
+        if name in module.computations and name not in called
+    )
+
+
+def _fused(instruction: Any) -> tuple[str, ...]:
+    return instruction.calls if instruction.opcode == "fusion" else ()
 
 
 def check_codes(codes: dict[str, int], floats: dict[str, int]) -> None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from decode_programs import COLUMNS, LAYERS, ROWS, check_codes, report
+from decode_programs import COLUMNS, LAYERS, ROWS, check_codes, launches, report
 from tpu_compiler import ask
 
 pytestmark = pytest.mark.tpu_compiler
@@ -56,6 +56,23 @@ def test_an_old_gpu_gets_no_kernel(programs):
     assert programs["T4, loop"]["kernels"] == programs["T4, int4 weights"]["kernels"] == 0
 
 
+@pytest.mark.parametrize("program", ["step", "int8 cache"])
+def test_an_old_gpu_copies_no_weight(programs, program):
+    """The matrices of queries, keys and values, put together for cuBLAS, would take 25 MB a layer."""
+    assert programs[f"T4, {program}"]["temporary"] < 10e6
+
+
+def test_an_old_gpu_copies_no_cache(programs):
+    """In columns that tensor cores take, a layer's keys would be 67 MB more; the scores of 6 tokens are 17 MB."""
+    assert programs["T4, guesses"]["temporary"] < 40e6
+
+
+@pytest.mark.parametrize("card", ["H100", "T4"])
+def test_a_threshold_starts_few_kernels(programs, card):
+    """Of top_k and top_p together; found bit by bit they were 265."""
+    assert programs[f"{card}, thresholds"] < 130
+
+
 def main() -> None:
     import jax
     import jax.numpy as jnp
@@ -65,6 +82,9 @@ def main() -> None:
     from optjax.generation.decode import _decode_step
     from optjax.generation.loop import run_generate
     from optjax.generation.settings import as_settings
+    from optjax.generation.thresholds import kth_largest, mass_threshold
+    from optjax.kernels.choice import good_columns
+    from optjax.model import Inputs, decoder
     from optjax.sharding import make_mesh
     from optjax.sharding.plan import devices
 
@@ -95,6 +115,26 @@ def main() -> None:
             ids, mask, settings, number = self.place((*prompt, settings, number))
             return run_generate.lower(self.params, ids, mask, settings, None, number, room=COLUMNS - 512)
 
+        def guesses(self):
+            """A pass over 6 tokens of a row, as of speculative decoding."""
+            columns = good_columns(self.params.placement, COLUMNS - 6, "auto")
+            cache = jax.eval_shape(lambda: optjax.init_cache(config, ROWS, columns, self.params.dtype, layout="heads"))
+            ids, cache = self.place((jax.ShapeDtypeStruct((ROWS, 6), jnp.int32), cache))
+
+            def read(params, ids, cache):
+                return decoder(params, Inputs(ids=ids, cache=cache, attn_implementation="auto"))
+
+            return jax.jit(read, donate_argnums=2).lower(self.params, ids, cache)
+
+        def thresholds(self):
+            scores, k, mass = (
+                jax.ShapeDtypeStruct((ROWS, config.vocab_size), jnp.float32),
+                jnp.int32(50),
+                jnp.float32(0.9),
+            )
+            find = jax.jit(lambda x, k, mass: (kth_largest(x, k), mass_threshold(x, jax.nn.softmax(x), mass)))
+            return find.lower(*self.place((scores, k, mass)))
+
     h100 = (Path(devices.__file__).with_name("gpus") / "h100.txtpb").read_text()
     t4 = h100.replace("{ major: 9 feature_extension: ACCELERATED_FEATURES }", "{ major: 7 minor: 5 }")
     assert t4 != h100  # what sets a T4 apart for XLA
@@ -112,6 +152,11 @@ def main() -> None:
     found["loop"] = report(new.loop().compile(), body_of_loop=True)
     found["T4, loop"] = report(old.loop().compile(), body_of_loop=True)
     found["T4, int4 weights"] = report(old.step(optjax.quantize(old.params, "int4")).compile())
+    found["T4, step"] = report(old.step(old.params).compile())
+    found["T4, int8 cache"] = report(old.step(old.params, cache_dtype="int8").compile())
+    found["T4, guesses"] = report(old.guesses().compile())
+    for name, card in (("H100", new), ("T4", old)):
+        found[f"{name}, thresholds"] = launches(card.thresholds().compile())
     print(json.dumps(found))
 
 

@@ -225,10 +225,12 @@ def test_columns_are_those_of_blocks(monkeypatch):
         ("tpu", 768, "auto", 768),
         ("tpu", 700, "eager", 700),
         ("tpu", MANY_COLUMNS - 1, "auto", MANY_COLUMNS - 1),
-        ("gpu", 700, "auto", 700),
+        ("gpu", 700, "auto", 704),
+        ("gpu", 17, "eager", 24),
+        ("gpu", 704, "auto", 704),
         ("cpu", 700, "auto", 700),
     ],
 )
-def test_columns_are_rounded_for_the_kernel_alone(monkeypatch, on, columns, name, wanted):
+def test_columns_are_rounded_for_the_kernel_and_for_tensor_cores(monkeypatch, on, columns, name, wanted):
     monkeypatch.setattr(choice, "kernel_platform", lambda placement: on)
     assert good_columns(None, columns, name) == wanted

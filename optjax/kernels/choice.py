@@ -28,6 +28,9 @@ MANY_QUERIES = 256
 # that are multiples of so many.
 MANY_COLUMNS = 512
 LANES = 128
+# On a GPU where no kernel reads it, XLA would copy a cache in 16 bits at every step, to give cuBLAS a multiple of so
+# many columns.
+TENSOR_CORES = 8
 
 # What the kernels take; the plain path takes anything.
 _DTYPES = {"tpu": ("float32", "bfloat16"), "gpu": ("float32", "bfloat16", "float16")}
@@ -114,9 +117,10 @@ def told(params: Params, name: str) -> str:
 
 def good_columns(placement: Placement | None, columns: int, name: str) -> int:
     """So many columns of a cache or a few more, so that the kernel for few tokens can read it, unless by ``name`` none
-    will."""
-    wanted = name != "eager" and kernel_platform(placement) == "tpu" and columns >= MANY_COLUMNS
-    unit = LANES if wanted else 1
+    will; on a GPU so that cuBLAS, too, can read it as it lies."""
+    on = kernel_platform(placement)
+    wanted = name != "eager" and on == "tpu" and columns >= MANY_COLUMNS
+    unit = LANES if wanted else TENSOR_CORES if on == "gpu" else 1
     return -(-columns // unit) * unit
 
 
