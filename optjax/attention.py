@@ -31,6 +31,7 @@ def attend(
     dropout_key: jax.Array | None = None,
     groups: int = 1,
     on_cpu: bool = False,
+    on_gpu: bool = False,
 ) -> tuple[jax.Array, AttentionWeights]:
     """Attention of T queries over S keys.
 
@@ -42,7 +43,7 @@ def attend(
       head_mask: ``[H]``; multiplies each head's weights after the softmax.
       dropout, dropout_key: of the attention weights.
       groups: the number of devices that the heads are split over.
-      on_cpu: as XLA's CPU backend does it best; see attention_products.py.
+      on_cpu, on_gpu: as XLA's CPU or GPU backend does it best; see attention_products.py.
 
     Returns:
       ``[B, T, D]``, and the weights ``[B, H, T, S]`` in float32 (dead code to the compiler where nobody asks for them).
@@ -52,7 +53,7 @@ def attend(
         return weights_of(scores, mask, head_mask, dropout, dropout_key)
 
     if layout == "heads":
-        return attend_heads(q, k, v, weigh, on_cpu)
+        return attend_heads(q, k, v, weigh, on_cpu, on_gpu)
     return _attend_flat(q, k, v, weigh, groups, on_cpu)
 
 
@@ -67,11 +68,13 @@ def weights_of(scores, mask, head_mask, dropout, dropout_key, rows=None, columns
     return weights
 
 
-def attend_heads(q, k: Buffer, v: Buffer, weigh, on_cpu: bool = False) -> tuple[jax.Array, jax.Array]:
+def attend_heads(
+    q, k: Buffer, v: Buffer, weigh, on_cpu: bool = False, on_gpu: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """`attend` in the layout ``"heads"``; ``weigh`` makes weights from scores ``[B, H, T, S]``."""
     b, t, h, d = q.shape
     # Without the batch dimension where k has none: see cache.py.
-    scores = key_products(q.reshape(*k.shape[:-3], t, h, d), k, on_cpu)
+    scores = key_products(q.reshape(*k.shape[:-3], t, h, d), k, on_cpu, on_gpu)
     weights = weigh(scores.reshape(b, h, t, -1))
     out = value_products(weights.reshape(scores.shape), v, q.dtype, on_cpu)
     return out.reshape(b, t, h * d), weights

@@ -40,6 +40,7 @@ def attend_in_blocks(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     on_cpu: bool = False,
+    on_gpu: bool = False,
 ) -> jax.Array:
     """`attend` without a past (layout ``"heads"``, S = T) for blocks that divide T: ``[B, T, D]`` and no weights.
 
@@ -56,7 +57,7 @@ def attend_in_blocks(
         def weigh(scores: jax.Array) -> jax.Array:
             return weights_of(scores, mask, head_mask, dropout, dropout_key, rows, t)
 
-        return attend_heads(q, k, v, weigh, on_cpu)[0]
+        return attend_heads(q, k, v, weigh, on_cpu, on_gpu)[0]
 
     queries = jnp.arange(t)
     outs = []
@@ -87,6 +88,7 @@ def attend_all_keys_in_blocks(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     on_cpu: bool = False,
+    on_gpu: bool = False,
 ) -> jax.Array:
     """`attend` for any T and S, as a loop: ``[B, T, D]`` and no weights.
 
@@ -110,7 +112,7 @@ def attend_all_keys_in_blocks(
 
         # By heads in here: else the whole cache would be laid out as this product likes it, in a copy that lasts.
         keys, values = (by_heads(x, h) for x in (k, v)) if layout == "flat" else (k, v)
-        return attend_heads(q, keys, values, weigh, on_cpu)[0]
+        return attend_heads(q, keys, values, weigh, on_cpu, on_gpu)[0]
 
     out = jax.lax.map(attend_block, (split(q, 1), split(mask, 2), split(jnp.arange(t), 0)))
     out = jnp.moveaxis(out, 0, 1 + interleaved).reshape(b, n * block, h * d)

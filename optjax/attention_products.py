@@ -24,7 +24,7 @@ BLOCK = 1 << 18
 FEW_QUERIES = 32
 
 
-def key_products(q: jax.Array, k: Buffer, on_cpu: bool = False) -> jax.Array:
+def key_products(q: jax.Array, k: Buffer, on_cpu: bool = False, on_gpu: bool = False) -> jax.Array:
     """Products ``[…, H, T, S]`` in float32 of q ``[…, T, H, K]`` and keys ``[…, H, S, K]``."""
     if isinstance(k, Codes):
         if on_cpu:
@@ -35,7 +35,7 @@ def key_products(q: jax.Array, k: Buffer, on_cpu: bool = False) -> jax.Array:
     q, k = _alike(q, k, on_cpu and q.shape[-3] <= FEW_QUERIES)
     if on_cpu and q.shape[-3] > 1:
         return _key_products_on_cpu(q, k)
-    return jnp.einsum("...thk,...hsk->...hts", q, k, preferred_element_type=jnp.float32)
+    return _in_float32(q, k) if on_gpu and q.dtype.itemsize < 4 else _key_products(q, k, jnp.float32)
 
 
 def value_products(weights: jax.Array, v: Buffer, dtype: Any, on_cpu: bool = False) -> jax.Array:
@@ -50,6 +50,27 @@ def value_products(weights: jax.Array, v: Buffer, dtype: Any, on_cpu: bool = Fal
     if on_cpu and weights.shape[-2] > 1:
         return _apart(jnp.einsum("...hts,...hsk->...htk", weights, v)).swapaxes(-2, -3).astype(dtype)
     return jnp.einsum("...hts,...hsk->...thk", weights, v).astype(dtype)
+
+
+def _key_products(q: jax.Array, k: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.einsum("...thk,...hsk->...hts", q, k, preferred_element_type=dtype)
+
+
+@jax.custom_jvp
+def _in_float32(q: jax.Array, k: jax.Array) -> jax.Array:
+    """`_key_products` in float32 of what has 16 bits, with a derivative in 16 bits.
+
+    Its own would multiply the scores' cotangent in float32 with keys and queries in float32, off the tensor cores of
+    GPUs before Ampere. The TPU compiler rounds them itself, and by its estimate does worse if it is told to.
+    """
+    return _key_products(q, k, jnp.float32)
+
+
+@_in_float32.defjvp
+def _in_float32_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (q, k), (dq, dk) = primals, tangents
+    change = _key_products(dq, k, q.dtype) + _key_products(q, dk, q.dtype)
+    return _in_float32(q, k), change.astype(jnp.float32)
 
 
 def _alike(x: jax.Array, kept: jax.Array, widen: bool) -> tuple[jax.Array, jax.Array]:

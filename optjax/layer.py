@@ -169,6 +169,7 @@ def _self_attention(
         k, v = (first_columns(buffer, mask.shape[-1]) for buffer in buffers)
     options: dict[str, Any] = dict(head_mask=head_mask, dropout=config.attention_dropout, dropout_key=dropout_key)
     options["on_cpu"] = platform(placement) == "cpu" and (placement is None or placement.mesh.size == 1)
+    options["on_gpu"] = platform(placement) == "gpu"
     if isinstance(flash, Decode):
         out, attention = flash(q, k, v), None
     elif flash is not None:

@@ -11,6 +11,7 @@ from hf_models import params_from, state_of, torch_model
 
 import optjax
 from optjax import OPTConfig
+from optjax.attention_products import key_products
 
 CONFIG = OPTConfig(
     vocab_size=60,
@@ -180,3 +181,24 @@ def test_where_jax_promotes_no_dtype(kind, head, labels):
         for dtype in ("int8", "float32", "bfloat16"):
             cache = optjax.init_cache(params, *IDS.shape, dtype)
             assert jax.eval_shape(loss, adapters, params, cache).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scores_have_a_derivative_in_16_bits(dtype):
+    """On a GPU it is made of no product in float32, and that of float32 but for rounding; backward, forward, both."""
+    rng = np.random.default_rng(0)
+    q, k, kept = (jnp.asarray(rng.standard_normal(shape)) for shape in ((2, 5, 4, 8), (2, 4, 5, 8), (2, 4, 5, 5)))
+    half = q.astype(dtype), k.astype(dtype)
+
+    def loss(q, k):
+        return (jax.nn.softmax(key_products(q, k, on_gpu=True)) * kept).sum()
+
+    gradients = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*half)
+    products = [each for each in gradients.jaxpr.eqns if each.primitive.name == "dot_general"]
+    assert len(products) == 2
+    assert {var.aval.dtype for each in products for var in each.invars} == {jnp.dtype(dtype)}
+    exact = [x.astype(jnp.float32) for x in half]
+    for derivative in (jax.grad, jax.jacfwd, lambda f, of: jax.grad(lambda *x: jax.jvp(f, x, x)[1], of)):
+        ours, theirs = derivative(loss, (0, 1))(*half), derivative(loss, (0, 1))(*exact)
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.02 * np.abs(other).max())
