@@ -332,6 +332,8 @@ def test_what_may_be_given():
         )  # fmt: skip
         assert jax.tree.structure(listed) == jax.tree.structure(same)
         jax.tree.map(np.testing.assert_array_equal, listed, same)
+    biased = as_settings(CONFIG, dict(sequence_bias={(3,): -(10**400), (4,): -1e39, (5,): -3e38})).sequence_bias
+    np.testing.assert_array_equal(biased[1], np.array([-np.inf, -np.inf, -3e38], np.float32))
     none = dict.fromkeys(
         ["top_p", "min_p", "typical_p", "bad_words_ids", "suppress_tokens", "eos_token_id", "pad_token_id"]
     )

@@ -6,8 +6,12 @@ unpadded, because there padding counts as tokens seen (and an n-gram may span it
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from generation_helpers import (
     CONFIG,
     EOS,
@@ -20,6 +24,9 @@ from generation_helpers import (
 )
 
 import optjax
+from optjax.generation.history import new_history
+from optjax.generation.repetition import no_repeat_ngram
+from optjax.generation.settings import as_settings
 
 ROWS, NEW = 100, 14
 V = CONFIG.vocab_size
@@ -47,6 +54,27 @@ def test_repetition_penalty(case, usual, penalty):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_no_repeat_ngram_size(case, usual, size):
     check_option(case, usual, where="holes", no_repeat_ngram_size=size, changes=5)
+
+
+def test_long_ngrams():
+    """Beside transformers' processor, on rows that repeat themselves; and however long, a program of the same size."""
+    rng = np.random.default_rng(0)
+    rows = [np.resize(rng.integers(0, V, rng.integers(3, 9)), rng.integers(9, 41)) for _ in range(40)]
+    ids, mask = (jnp.asarray(x) for x in pad(rows, "left", rng, V))
+    scores, banned = jnp.zeros((40, V)), 0
+
+    def process(n: int):
+        settings = as_settings(CONFIG.replace(max_position_embeddings=512), {"no_repeat_ngram_size": n})
+        return no_repeat_ngram(settings, new_history(ids, mask > 0, 8, V, settings), scores)
+
+    for n in (9, 12, 25):
+        theirs = transformers.NoRepeatNGramLogitsProcessor(n)
+        expected = [theirs(torch.from_numpy(row)[None], torch.zeros(1, V))[0].numpy() for row in rows]
+        np.testing.assert_array_equal(process(n), expected)
+        banned += np.isinf(expected).sum()
+    assert banned > 20
+    sizes = [len(str(jax.make_jaxpr(process, static_argnums=0)(n))) for n in (20, 500)]
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 @pytest.mark.parametrize("minimum", [1, 4, NEW])

@@ -221,12 +221,17 @@ def test_a_row_does_not_depend_on_the_others(models, prompts):
 def test_look_up_by_brute_force():
     rng = np.random.default_rng(0)
     found = 0
+    guessed = jax.jit(look_up, static_argnames=("width", "max_ngram"))
     for _ in range(150):
-        n, begin, width, longest = (int(rng.integers(*low_high)) for low_high in ((1, 15), (0, 4), (1, 6), (1, 4)))
+        n, begin = (int(rng.integers(*low_high)) for low_high in ((1, 15), (0, 4)))
+        width, longest = [(1, 1), (4, 2), (2, 3), (5, 12), (4, 500)][rng.integers(5)]
         row = rng.integers(0, 3, n).tolist()
+        if longest > 3:  # the row says itself twice
+            row = (row * 2)[:15]
+            n = len(row)
         tokens = np.array([[0] * begin + row + rng.integers(0, 3, 20).tolist()])[:, :24]
         guess = np.asarray(
-            look_up(jnp.asarray(tokens), np.array([begin]), np.array([begin + n]), width=width, max_ngram=longest)
+            guessed(jnp.asarray(tokens), np.array([begin]), np.array([begin + n]), width=width, max_ngram=longest)
         )[0].tolist()
         for size in range(min(longest, n - 1), 0, -1):
             places = [at for at in range(size, n) if row[at - size : at] == row[n - size :]]
@@ -238,6 +243,11 @@ def test_look_up_by_brute_force():
                 found += 1
                 break
     assert found > 100
+    row, one = np.zeros((1, 600), np.int32), np.array([400])
+    sizes = [
+        len(str(jax.make_jaxpr(lambda row, n=n: look_up(row, one, one, width=2, max_ngram=n))(row))) for n in (20, 500)
+    ]
+    assert sizes[1] < 1.1 * sizes[0]  # a program of the same size
 
 
 def test_refusals(models):

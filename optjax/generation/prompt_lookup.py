@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from optjax.generation.repetition import UNROLLED
+from optjax.manual import as_after
+
 
 def look_up(tokens: jax.Array, first: jax.Array, count: jax.Array, *, width: int, max_ngram: int) -> jax.Array:
     """A guess ``[B, width]`` at the next tokens of rows ``[B, S]`` that hold columns ``first`` to ``count`` ``[B]``.
@@ -14,13 +17,22 @@ def look_up(tokens: jax.Array, first: jax.Array, count: jax.Array, *, width: int
     never said its last token before gets any guess.
     """
     columns = jnp.arange(tokens.shape[1])
-    matched = jnp.ones(tokens.shape, bool)
-    longest = jnp.zeros(tokens.shape, jnp.int32)
-    for n in range(1, max_ngram + 1):
+    # An n-gram that the row holds twice is shorter than the row.
+    sizes = jnp.arange(1, 1 + min(max_ngram, tokens.shape[1] - 1), dtype=jnp.int32)
+
+    def longer(carry, n):
         # Whether the n tokens before a column are the row's last n.
+        before, matched, longest = carry
+        before = jnp.roll(before, 1, axis=1)
         last = jnp.take_along_axis(tokens, jnp.maximum(count - n, 0)[:, None], axis=1)
-        matched &= (jnp.roll(tokens, n, axis=1) == last) & (columns - n >= first[:, None])
-        longest += matched.astype(jnp.int32)
+        matched &= (before == last) & (columns - n >= first[:, None])
+        return (before, matched, longest + matched.astype(jnp.int32)), None
+
+    none = as_after(
+        lambda carry: longer(carry, jnp.int32(1))[0],
+        (tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, jnp.int32)),
+    )
+    (_, _, longest), _ = jax.lax.scan(longer, none, sizes, unroll=max(1, min(len(sizes), UNROLLED)))
     known = (longest > 0) & (columns < count[:, None])
     best = jnp.argmax(jnp.where(known, longest * tokens.shape[1] + columns, -1), axis=1)
     period = jnp.maximum(count - best, 1)

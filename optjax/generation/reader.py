@@ -93,7 +93,8 @@ class Reader:
                 wanted = "a dict from tuples of ids to numbers, or a list of [[id, …], bias]"
                 self.problems.append(f"{name} should be {wanted}, not {value!r}")
                 return {}
-            found[tuple(self.ids_in(name, ids))] = float(bias)
+            # As the float32 it becomes; what that cannot hold would be a warning of numpy's, or an overflow.
+            found[tuple(self.ids_in(name, ids))] = float(bias) if bias >= _LOWEST else -np.inf
         return {ids: bias for ids, bias in found.items() if ids}
 
     def pair(self, name: str) -> tuple[int, float] | None:
@@ -154,6 +155,8 @@ class Reader:
 
 # What one divides by: hardware takes the smallest numbers for 0, and quotients by somewhat larger ones are none.
 LEAST = 1e-30
+
+_LOWEST = float(np.finfo(np.float32).min)
 
 _LISTS = (list, tuple, set, frozenset, range)
 

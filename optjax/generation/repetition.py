@@ -7,6 +7,11 @@ import jax.numpy as jnp
 
 from optjax.generation.history import NEVER, History
 from optjax.generation.settings import Settings
+from optjax.manual import as_after
+
+# n-grams up to about this size are compared without a loop; of a long one each step by itself would take minutes to
+# compile.
+UNROLLED = 8
 
 
 def encoder_repetition_penalty(settings: Settings, history: History, scores: jax.Array) -> jax.Array:
@@ -42,8 +47,15 @@ def _ban_completions(n: int, history: History, end: jax.Array, scores: jax.Array
     # An n-gram that ends in column c is complete where all of it is real and c is filled.
     ends = (columns >= history.first[:, None] + n - 1) & (columns < end)
     tail = jnp.take(tokens, history.count - jnp.arange(1, n), axis=1, mode="clip")
-    for back in range(1, n):
-        ends &= jnp.roll(tokens, back, axis=1) == tail[:, back - 1, None]
+
+    def one_before(carry: tuple[jax.Array, jax.Array], token: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        before, ends = carry
+        before = jnp.roll(before, 1, axis=1)
+        return (before, ends & (before == token[:, None])), None
+
+    if n > 1:
+        carry = as_after(lambda carry: one_before(carry, tail[:, 0])[0], (tokens, ends))
+        (_, ends), _ = jax.lax.scan(one_before, carry, tail.T, unroll=min(n - 1, UNROLLED))
     long_enough = history.count - history.first >= n - 1
     banned = jnp.zeros(scores.shape, bool).at[jnp.arange(b)[:, None], tokens].max(ends & long_enough[:, None])
     return jnp.where(banned, NEVER, scores)
