@@ -16,6 +16,7 @@ from transformers.generation import logits_process as hf
 
 import optjax
 from optjax.generation.prompt_lookup import look_up
+from optjax.generation.settings import as_settings
 
 SMALL = CONFIG.replace(hidden_size=12, num_attention_heads=3, max_position_embeddings=50)
 V, NEW = CONFIG.vocab_size, 24
@@ -110,6 +111,16 @@ def test_up_to_the_last_position(models):
     for assistant in (near, params):  # one program
         out = optjax.generate(params, ids, max_new_tokens=24, eos_token_id=[], assistant_model=assistant)
         np.testing.assert_array_equal(out, plain)
+
+
+def test_more_guesses_than_there_is_room_for(models):
+    """They are not made: a round would read them all, and the caches would have columns for them."""
+    options = dict(eos_token_id=[], max_new_tokens=5)
+    for drafter in (dict(prompt_lookup_num_tokens=10**6), dict(assistant_model=models[3], num_assistant_tokens=10**6)):
+        found = as_settings(CONFIG, drafter, 5).speculation
+        assert found is not None and found.width == 16
+    out = optjax.generate(models[1], [[5, 6, 5]], prompt_lookup_num_tokens=10**6, **options)
+    np.testing.assert_array_equal(out, optjax.generate(models[1], [[5, 6, 5]], **options))
 
 
 def test_half_precision_inside_jit_and_compilations(models, prompts):

@@ -175,7 +175,7 @@ def as_settings(config: OPTConfig, options: Mapping[str, Any], max_new_tokens: i
         remove_invalid_values=read.flag("remove_invalid_values"),
         renormalize_logits=read.flag("renormalize_logits"),
         logits_processor=read.functions("logits_processor"),
-        speculation=read_speculation(read, config),
+        speculation=read_speculation(read, config, max_new_tokens),
         guidance=_guidance(read, any(search.values())),
         cache_dtype=_cache_dtype(read),
         prefill_chunk_size=_chunk_size(read),

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 
 from optjax.config import OPTConfig
+from optjax.generation.buckets import bucket
 from optjax.generation.reader import Reader
 from optjax.params import Params
 
@@ -28,8 +29,11 @@ class Speculation:
     max_ngram: int
 
 
-def read_speculation(read: Reader, config: OPTConfig) -> Speculation | None:
-    """The options about it; None where none is given. What is wrong with them goes to the reader."""
+def read_speculation(read: Reader, config: OPTConfig, max_new_tokens: int | None = None) -> Speculation | None:
+    """The options about it; None where none is given. What is wrong with them goes to the reader.
+
+    A round guesses no more tokens than there is room for, whatever was asked for.
+    """
     given = {name for name in _NAMES if read.options.get(name) is not None}
     width = read.count("num_assistant_tokens", 5, low=1)
     lookup = read.count("prompt_lookup_num_tokens", 1, low=1)
@@ -43,6 +47,8 @@ def read_speculation(read: Reader, config: OPTConfig) -> Speculation | None:
     ):
         if name in given and needed not in given:
             read.problems.append(f"{name} says how {needed} works, which is not given")
+    if max_new_tokens is not None:
+        lookup, width = (min(n, bucket(max_new_tokens)) for n in (lookup, width))
     if assistant is None:
         return Speculation(None, lookup, ngram) if "prompt_lookup_num_tokens" in given else None
     if not isinstance(assistant, Params) or assistant.head != "causal_lm":
