@@ -10,8 +10,15 @@ import jax.numpy as jnp
 
 
 def as_after(step: Callable[[Any], Any], carry: Any) -> Any:
-    """The carry of a loop, varying as it does after a step: a loop has to begin with the types that its steps give."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return carry
-    after = jax.eval_shape(step, carry)
-    return jax.tree.map(lambda x, like: jnp.where(True, x, jnp.zeros_like(like)), carry, after)
+    """The carry of a loop, varying as it does after steps: a loop has to begin with the types that its steps give."""
+    while jax.sharding.get_abstract_mesh().manual_axes:
+        after = jax.eval_shape(step, carry)
+        before, carry = carry, jax.tree.map(lambda x, like: jnp.where(True, x, jnp.zeros_like(like)), carry, after)
+        # What one step makes vary may make more of it vary in the next.
+        if _types(carry) == _types(before):
+            break
+    return carry
+
+
+def _types(carry: Any) -> list[Any]:
+    return [jax.typeof(x) for x in jax.tree.leaves(carry)]

@@ -120,6 +120,30 @@ def test_inside_shard_map(way):
     np.testing.assert_array_equal(_by_rows(inside, mesh)(params, IDS, MASK), np.concatenate(each))
 
 
+@pytest.mark.parametrize("way", ["greedy", "prompt lookup"])
+def test_inside_shard_map_without_a_mask(way):
+    """What is the same on all devices at first is not so any more after a step."""
+    mesh, params = make_mesh("data=2", jax.devices()[:2]), optjax.init_params(CONFIG, jax.random.key(1))
+    options = dict(WAYS[way], max_new_tokens=N, no_repeat_ngram_size=3)
+
+    def inside(params, ids, _):
+        return optjax.generate(params, ids, **options)
+
+    np.testing.assert_array_equal(_by_rows(inside, mesh)(params, IDS, IDS), inside(params, IDS, None))
+
+
+def test_inside_shard_map_with_a_key_for_each_device():
+    """Draws for the same prompts."""
+    mesh, params = make_mesh("data=2", jax.devices()[:2]), optjax.init_params(CONFIG, jax.random.key(1))
+    keys = jax.random.split(jax.random.key(5), 2)
+
+    def inside(params, keys, _):
+        return optjax.generate(params, IDS[:2], key=keys[0], max_new_tokens=N, num_beams=2, do_sample=True)
+
+    each = [inside(params, keys[i:], None) for i in range(2)]
+    np.testing.assert_array_equal(_by_rows(inside, mesh)(params, keys, keys), np.concatenate(each))
+
+
 def _by_rows(function, mesh):
     rows, whole = PartitionSpec("data"), PartitionSpec()
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows))

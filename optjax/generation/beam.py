@@ -27,6 +27,7 @@ from optjax.generation.search import Beams
 from optjax.generation.settings import Settings
 from optjax.generation.stop_strings import find_stops
 from optjax.heads import lm_logits
+from optjax.manual import as_after
 from optjax.model import Inputs, decoder
 from optjax.params import Params, unstack_layers
 from optjax.placed import constrain, platform
@@ -107,7 +108,7 @@ def run_beams(
         logits, cache = beam_logits(params, state, settings.attention_of_steps)
         return choose(settings, key, dataclasses.replace(state, cache=cache), logits, max_new_tokens)
 
-    state = jax.lax.while_loop(more, body, state)
+    state = jax.lax.while_loop(more, body, as_after(body, state))
     found = _found(settings, state)
     # Whole on every device, so that every process can read them.
     found = jax.tree.map(lambda x: constrain(params.placement, x, *(None,) * x.ndim), found)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from optjax.manual import as_after
+
 _WIDTH = 256
 
 
@@ -56,7 +58,8 @@ def draw_several(keys: jax.Array, scores: jax.Array, n: int) -> tuple[jax.Array,
             mass,
         )
 
-    _, (index, mass) = jax.lax.scan(one, (blocks, sums), u.swapaxes(0, 1))
+    left = as_after(lambda left: one(left, u[:, 0])[0], (blocks, sums))
+    _, (index, mass) = jax.lax.scan(one, left, u.swapaxes(0, 1))
     index = jnp.minimum(index.T, v - 1).astype(jnp.int32)
     return jnp.where(mass.T > 0, jnp.take_along_axis(scores, index, axis=1), -jnp.inf), index
 

@@ -35,6 +35,7 @@ from optjax.generation.settings import Settings
 from optjax.generation.stop_strings import find_stops
 from optjax.heads import lm_logits
 from optjax.kernels.choice import good_columns
+from optjax.manual import as_after
 from optjax.model import Inputs, decoder
 from optjax.params import Params, unstack_layers
 from optjax.placed import constrain, platform
@@ -81,7 +82,7 @@ def run_speculative(
     def body(state: Progress) -> Progress:
         return advance_round(params, settings, key, max_new_tokens, state)
 
-    state = jax.lax.while_loop(lambda state: ~state.done.all(), body, state)
+    state = jax.lax.while_loop(lambda state: ~state.done.all(), body, as_after(body, state))
     made = jax.tree.map(lambda x: constrain(params.placement, x, *(None,) * x.ndim), state.made)
     return made, state.passes
 

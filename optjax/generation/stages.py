@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from optjax.cache import Cache, grow_cache
+from optjax.manual import as_after
 from optjax.params import Params
 from optjax.placed import platform
 
@@ -44,6 +45,7 @@ def loop_in_stages(
 
     The carry comes with a cache of the first size. It may have more columns by a few, which then all have.
     """
+    carry = as_after(body, carry)
     extra = cache_of(carry).max_length - sizes[0]
     for size, following in zip(sizes, sizes[1:], strict=False):
 
