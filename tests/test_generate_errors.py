@@ -322,12 +322,13 @@ def test_what_may_be_given():
     listed = as_settings(
         CONFIG, dict(suppress_tokens=[3, 4], eos_token_id=[5, 6], bad_words_ids=[[7], [8, 9]], do_sample=True)
     )
-    for kind in (tuple, np.array, jnp.array):
+    for kind, number in ((tuple, np.float32), (np.array, np.array), (jnp.array, jnp.array)):
         same = as_settings(
             CONFIG,
             dict(
                 suppress_tokens=kind([3, 4]), eos_token_id=kind([5, 6]), bad_words_ids=[kind([7]), kind([8, 9])],
-                do_sample=np.True_, top_k=np.int64(50), temperature=np.float32(1), top_p=None, pad_token_id=np.int8(1),
+                do_sample=number(1) > 0, top_k=kind([50])[0], temperature=number(1), top_p=None,
+                pad_token_id=np.int8(1),
             ),
         )  # fmt: skip
         assert jax.tree.structure(listed) == jax.tree.structure(same)

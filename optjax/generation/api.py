@@ -21,6 +21,7 @@ from optjax.generation.loop import Choice, State, advance, run_generate, start
 from optjax.generation.options import Options
 from optjax.generation.prefix import check_prefix
 from optjax.generation.processors import check_own_processors
+from optjax.generation.reader import scalar
 from optjax.generation.settings import Settings, as_settings
 from optjax.generation.speculative import Progress, advance_round, begin, run_speculative
 from optjax.kernels.choice import attention_kind, told
@@ -215,7 +216,8 @@ def _check(params: Params, ids: Any, attention_mask: Any, max_new_tokens: Any, k
     """The arguments of `generate`, made uniform; or a ValueError."""
     config = check_params(params, ("causal_lm",)).config
     ids = as_ids(ids, config.vocab_size)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+    max_new_tokens = scalar(max_new_tokens)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens should be an integer of at least 1, not {max_new_tokens!r}")
     mask = np.ones(ids.shape, bool) if attention_mask is None else as_mask(attention_mask, ids.shape)
     ids, mask = (np.asarray(x) if is_concrete(x) else x for x in (ids, mask))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 class Reader:
@@ -18,35 +19,35 @@ class Reader:
         self.problems = [_unknown(name, known) for name in options if name not in known]
 
     def flag(self, name: str) -> bool:
-        value = self.options.get(name, False)
-        if not isinstance(value, bool | np.bool_):
+        value = scalar(self.options.get(name, False))
+        if not isinstance(value, bool):
             self.problems.append(f"{name} should be True or False, not {value!r}")
-        return value is True or value is np.True_
+        return value is True
 
     def one_of(self, name: str, allowed: Sequence[str]) -> str:
         """One of the texts allowed; the first by default."""
         value = self.options.get(name, allowed[0])
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             self.problems.append(f"{name} should be one of {', '.join(allowed)}, not {value!r}")
             return allowed[0]
         return value
 
     def count(self, name: str, default: int, *, low: int = 0, none: int | None = None) -> int:
         """An integer of at least ``low``; ``none`` (or else the default) where None is given."""
-        value = self.options.get(name, default)
+        value = scalar(self.options.get(name, default))
         if value is None:
             return default if none is None else none
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
             self.problems.append(f"{name} should be an integer of at least {low}, not {value!r}")
             return default
-        return int(value)
+        return value
 
     def number(self, name: str, ok: Callable[[Any], bool], wanted: str, off: float | None = None) -> np.float32 | None:
         """A float32, or None where it is not given or is ``off``."""
-        value = self.options.get(name)
+        value = scalar(self.options.get(name))
         if value is None:
             return None
-        real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        real = isinstance(value, int | float) and not isinstance(value, bool)
         # Looked at as the float32 it becomes, where 1e-50 is 0.
         if not real or not abs(value) < 1e30 or not ok(np.float32(value)):
             self.problems.append(f"{name} should be {wanted}, not {value!r}")
@@ -164,6 +165,12 @@ _LISTS = (list, tuple, set, frozenset, range)
 def plain(value: Any) -> Any:
     """Arrays and numpy's numbers as Python's."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
+
+
+def scalar(value: Any) -> Any:
+    """`plain` of a single number; whatever else it is comes back as it is."""
+    single = isinstance(value, np.ndarray | np.generic | jax.Array) and value.ndim == 0
+    return plain(value) if single and not isinstance(value, Tracer) else value
 
 
 def _hashable(value: Any) -> bool:

@@ -79,7 +79,7 @@ def _by_digits(bits: int, ordered: jax.Array, p: jax.Array | None, least: jax.Ar
         digit = (totals >= least).sum(-1, keepdims=True, dtype=jnp.uint32)
         return threshold | digit << shift
 
-    return jax.lax.fori_loop(0, 32 // bits, step, jnp.zeros((b, 1), jnp.uint32))
+    return jax.lax.fori_loop(0, 32 // bits, step, jnp.zeros_like(ordered[:, 0, :1]))
 
 
 def _row_sum(x: jax.Array) -> jax.Array:
