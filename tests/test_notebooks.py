@@ -105,9 +105,10 @@ def test_decoding_runs(tmp_path):
 
 
 def test_pretrain_runs(tmp_path, monkeypatch):
-    """A few steps; it is killed half way, and learns all the same."""
+    """A few steps on a part of the text; it is killed half way, and learns all the same."""
     monkeypatch.setenv("OPTJAX_NOTEBOOK_STEPS", "12")
-    pictures, said = execute(COLAB / "pretrain.ipynb", tmp_path)
+    shorter = changed("pretrain", tmp_path, ("for path in library]", "for path in library[::4]]"))
+    pictures, said = execute(shorter, tmp_path)
     assert pictures == 1
     killed = int(re.findall(r"killed after step (\d+) of 12", said)[0])
     steps = [int(step) for step in re.findall(r"^step (\d+):", said, re.MULTILINE)]
