@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
+
+from optjax.validate import is_concrete
 
 
 class Reader:
@@ -170,7 +171,7 @@ def plain(value: Any) -> Any:
 def scalar(value: Any) -> Any:
     """`plain` of a single number; whatever else it is comes back as it is."""
     single = isinstance(value, np.ndarray | np.generic | jax.Array) and value.ndim == 0
-    return plain(value) if single and not isinstance(value, Tracer) else value
+    return plain(value) if single and is_concrete(value) else value
 
 
 def _hashable(value: Any) -> bool:
